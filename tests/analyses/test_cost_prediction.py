@@ -146,7 +146,8 @@ def test_sizes_of_what_a_run_supplies_are_known_before_it_starts(monkeypatch: py
     assert depth_probes is not None
     assert depth_probes.low == pytest.approx((4 + 4 + 6 + 2 * 4 + 2 * 4) / 4)
     assert receptive_field is not None
-    assert receptive_field.low == 2 * (1 + 2)  # with the model before training
+    # with the model before training; one and two images show whether they influence each other
+    assert receptive_field.low == 2 * (1 + 2 + (1 + 2) / 4)
     assert trajectory is not None
     assert trajectory.low == 2 * 3 + 4 + 2 + 0.5
     assert all(cost.seconds is not None and cost.seconds.expected > 0 for cost in costs)

@@ -31,6 +31,11 @@ class Net(nn.Module):
 class Untold(Net):
     def __init__(self, width: int = 4):
         super().__init__(10, width)
+
+
+class Lazy(nn.Sequential):
+    def __init__(self, num_classes: int = 1000):
+        super().__init__(nn.LazyConv2d(4, 3, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))
 """
 MEASURED = ["analysis=[evaluation]", "analysis.evaluation.probe.n_images=4", "device=cpu"]
 TRAINED = ["analysis=[]", "test=false", "logger=none", "trainer.max_epochs=1", "trainer.limit_train_batches=1",
@@ -89,6 +94,14 @@ def test_an_own_network_is_trained_and_measured(call, mylab: str, tmp_path: Path
         assert text in err
         assert len(err.splitlines()) == 1
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_network_of_lazy_layers_is_trained_and_measured(call, mylab: str, tmp_path: Path) -> None:
+    model = ["model=module", f"model._target_={mylab}.Lazy"]
+    assert call("train", *model, "data=digits", *TRAINED, f"run_dir={tmp_path}/lazy") == 0
+    assert call("analyze", f"run={tmp_path}/lazy", *MEASURED) == 0
+    weights = vs.load_probe(tmp_path / "lazy").model.state_dict()
+    assert {name: tuple(w.shape) for name, w in weights.items()}["3.weight"] == (10, 4 * 8 * 8)
 
 
 @pytest.mark.slow

@@ -114,9 +114,9 @@ def test_finished_attacks_are_not_computed_again() -> None:
     del partial["fgsm 4"]
     model.register_forward_hook(lambda *_: calls.append(1))
     second = adversarial(probe_of(model, images()), **options)
-    # the first batch four times to see that the model repeats itself, two images for what its parameters do; clean and FGSM's
-    # two passes, three batches each
-    assert len(calls) == 4 + 1 + 3 + 2 * 3
+    # the first batch four times to see that the model repeats itself, two images for what its parameters do, one and two for
+    # whether they influence each other; clean and FGSM's two passes, three batches each
+    assert len(calls) == 4 + 1 + 2 + 3 + 2 * 3
     np.testing.assert_array_equal(first.nll, second.nll)
 
 

@@ -212,6 +212,27 @@ def test_a_head_of_no_sequence_of_modules_is_not_guessed() -> None:
         vs.depth_probes(probe, n_neighbors=2)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_head_of_all_positions_takes_maps_of_their_size(pooled: bool) -> None:
+    """A network that flattens its last map, in front of which the maps have as many values in another shape."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1)] if pooled else []
+    layers = [
+        nn.Conv2d(3, 4, 3, (1, 4), 1), nn.ReLU(), nn.Conv2d(4, 4, 3, (2, 1), 1), nn.ReLU(), nn.Conv2d(4, 4, 3, (2, 1), 1), *head,
+    ]  # fmt: skip
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 if pooled else 8, 3)).double().eval()
+    x, y = torch.randn(20, 3, 8, 4, dtype=torch.float64), torch.arange(20) % 3  # maps of 8 x 1, 4 x 1 and 2 x 1
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = vs.depth_probes(vs.Probe(model, [(x, y)]), n_neighbors=3)
+    with torch.no_grad():
+        first = model[0](x)
+        expected = (model[-1](first.mean((2, 3))).argmax(1) == y).double().mean().item() if pooled else np.nan
+        last = (model(x).argmax(1) == y).double().mean().item()
+    np.testing.assert_array_equal(result.logit_lens_accuracy[[0, 2]], [expected, last])
+    assert any("a map of another size than the head takes" in str(w.message) for w in told) == (not pooled)
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

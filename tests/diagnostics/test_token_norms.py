@@ -18,6 +18,7 @@ from tests.helpers.result_checks import check_result
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.tokens._artefacts import bimodality_coefficient, first_with_artefacts, robust_threshold
 from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields
+from vitscope.models.structure.attention_units import AttentionUnit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fewer than 128 images"),
@@ -123,10 +124,10 @@ def explicit_attention(block: Any, x: Tensor) -> Tensor:
         return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
 
 
-def unit_of(keys: Tensor, queries: Tensor, n_prefix: int = 0) -> Any:
-    unit = SimpleNamespace(n_prefix=n_prefix, depth=0.5)
-    grid = (int(keys[..., 0].max()) + 1, int(keys[..., 1].max()) + 1)
-    return SimpleNamespace(name="b", unit=unit, n_windows=len(keys), keys=keys, queries=queries, key_grid=grid)
+def unit_of(keys: Tensor, queries: Tensor, n_prefix: int = 0) -> AttentionUnit:
+    unit: Any = SimpleNamespace(name="b", n_prefix=n_prefix, depth=0.5)
+    grids = [(int(side[..., 0].max()) + 1, int(side[..., 1].max()) + 1) for side in (queries, keys)]
+    return AttentionUnit(unit, nn.Identity(), 1, queries, keys, *grids, (32, 32), False, torch.arange(len(keys)))
 
 
 def test_attention_received_in_windows_is_put_back_in_place_without_padding() -> None:
@@ -159,6 +160,17 @@ def test_attention_to_one_token_makes_it_a_sink_and_equal_attention_makes_none()
     np.testing.assert_allclose(fields["sink_ratio"], [3.0], rtol=1e-6)
     assert fields["sink_on_prefix"][0] == 0.5
     assert np.isnan(fields["attention_artefacts"][0])  # no tap before the unit
+
+
+def test_padding_beside_a_class_token_is_no_prefix_token() -> None:
+    cells = torch.tensor([[[-1, -1], [0, 0], [0, 1], [-1, -1]]])  # class token, a map of 1 x 2, padding
+    unit = unit_of(cells, cells, n_prefix=1)
+    assert unit.prefix_keys.tolist() == unit.prefix_queries.tolist() == [0]
+    sinks = AttentionSinks(unit, None)
+    sinks.add(torch.tensor([0.7, 0.2, 0.1, 0.0]).expand(2, 3, 4, 4))
+    fields = sink_fields([sinks], ["b"], [np.zeros((2, 2), bool)], 1, 0.95)
+    np.testing.assert_allclose(fields["attention_prefix"], [[2.8]], rtol=1e-6)
+    assert fields["sink_on_prefix"][0] == 1.0
 
 
 def test_planted_artefacts_are_found_where_they_are(tmp_path) -> None:

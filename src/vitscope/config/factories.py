@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from vitscope.config import instantiate, loading
@@ -36,6 +37,7 @@ def model(cfg: DictConfig) -> nn.Module:
         torch.manual_seed(int(cfg.seed))
         try:
             network = instantiate.instantiate(_at_own_size(cfg), "model", drop=loading.MODEL_HINTS)
+            _give_shapes(network, cfg)
         except (OSError, ConnectionError) as error:
             raise DataError("model.pretrained", cfg.model.get("pretrained"), f"weights not fetched ({first_line(error)})",
                             "connect, or set model.pretrained=false") from error  # fmt: skip
@@ -54,6 +56,20 @@ def model(cfg: DictConfig) -> nn.Module:
     if cfg.model.get("structure"):
         _declare_units(network, cfg)
     return network
+
+
+@torch.no_grad()
+def _give_shapes(network: Any, cfg: DictConfig) -> None:
+    """Run a network with lazy layers on an empty image of the data's size, so that its parameters have shapes."""
+    size = (cfg.get("data") or {}).get("image_size")
+    is_lazy = isinstance(network, nn.Module) and any(
+        isinstance(p, UninitializedParameter) for p in network.parameters()
+    )
+    if is_lazy and size:
+        was_training = network.training
+        network.eval()
+        network(torch.zeros(1, 3, int(size), int(size)))
+        network.train(was_training)
 
 
 def _declare_units(network: nn.Module, cfg: DictConfig) -> None:

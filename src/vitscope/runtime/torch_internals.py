@@ -77,6 +77,21 @@ def has_once_differentiable(outputs: Iterable[Tensor]) -> bool:
     return False
 
 
+def foreign_functions(output: Tensor) -> set[type]:
+    """Return the classes derived from ``torch.autograd.Function`` in a tensor's graph, without those of torch and vitscope."""
+    waiting, visited, classes = [output.grad_fn], set(), set[type]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and function.__module__.partition(".")[0] not in ("torch", "vitscope"):
+            classes.add(function)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return classes
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether a tensor is a ``DTensor``; its module, which takes a second to import, is not imported for that."""
     module = sys.modules.get("torch.distributed.tensor")

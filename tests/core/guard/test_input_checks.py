@@ -225,6 +225,20 @@ def test_logits_without_a_gradient_are_one_line(measure: Callable[[vs.Probe], An
     assert "\n" not in str(caught.value)
 
 
+def test_an_operation_that_does_not_run_is_not_put_down_to_the_images() -> None:
+    class Flexible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise NotImplementedError("FlexAttention does not support backward on CPU")
+
+    probe = vs.Probe(Flexible(), [(torch.rand(2, 4), torch.tensor([0, 1]))])
+    with pytest.raises(ValueError, match=r"operations run here, .*FlexAttention does not support backward on CPU\)"):
+        vs.hessian_trace(probe, n_vectors=1)
+
+
 def test_logits_that_are_not_dense_are_one_line() -> None:
     probe = vs.Probe(Returning(lambda z: z.to_sparse()), [(images(), LABELS)], vs.Objective())
     for measure in (vs.evaluation, vs.calibration, vs.critical_point):

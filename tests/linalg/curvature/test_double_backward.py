@@ -130,15 +130,16 @@ def test_third_derivatives_are_right():
 
 
 class Recomputed(nn.Module):
-    def __init__(self):
+    def __init__(self, use_reentrant):
         super().__init__()
+        self.use_reentrant = use_reentrant
         self.stem, self.norm, self.body = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3)
         self.head = nn.Linear(6, 4)
         self.recompute = True
 
     def forward(self, x):
         x = self.norm(self.stem(x)).tanh()
-        x = checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x)
+        x = checkpoint(self.body, x, use_reentrant=self.use_reentrant) if self.recompute else self.body(x)
         return self.head(x.tanh().mean((2, 3)))
 
 
@@ -158,10 +159,11 @@ def vector(model):
     return torch.randn(n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
-def test_activation_checkpoints(kind):
+def test_activation_checkpoints(kind, use_reentrant):
     torch.manual_seed(0)
-    model, batch = Recomputed(), images(3, 10, 4)
+    model, batch = Recomputed(use_reentrant), images(3, 10, 4)
     recomputed = operator_product(model, batch, vector(model), operator=kind)
     model.recompute = False
     kept = operator_product(model, batch, vector(model), operator=kind)

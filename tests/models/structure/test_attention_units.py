@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tests.helpers.attention_networks import HEAD, HEADS, Attention
+from tests.helpers.attention_networks import HEAD, HEADS, Attention, batch, built
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units, reading_attention_units
 from vitscope.models.structure.attention_weights import reading_calls
 from vitscope.runtime.errors import StructureError
@@ -252,6 +253,46 @@ def test_attention_that_cannot_be_read_is_named() -> None:
     assert reasons == {"blocks.0.attn": "its queries and keys cannot be followed to positions of the image"}  # channels
     assert [unit.name for unit in found][-1] == "cls_attn_blocks.1.attn"
     assert attention_units(timm.create_model("resnet18").double(), x) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda scores, v: scores.softmax(-2) @ v,
+        lambda scores, v: scores.softmax(-1).mT @ v,
+        lambda scores, v: torch.einsum("bhkq,bhkd->bhqd", scores.softmax(-1), v),
+    ],
+)
+def test_a_softmax_over_queries_is_no_mean_of_values(output: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class OverQueries(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            return self.proj(output(1e-3 * q @ k.mT, v).transpose(1, 2).reshape(x.shape))  # nearly equal weights
+
+    model = built(OverQueries())
+    found, reasons = attention_units(model, batch()[0])
+    assert found == []
+    assert reasons == {"attn": "the softmax runs over other positions than those whose values are summed"}
+
+
+def test_rows_of_queries_on_an_axis_of_their_own_are_one_global_attention() -> None:
+    class Rows(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            scores = torch.einsum("bnhwd,bnjd->bnhwj", q.unflatten(2, (4, 4)), k)  # (B, heads, 4, 4, 16)
+            out = torch.einsum("bnhwj,bnjd->bnhwd", scores.softmax(-1), v)
+            return self.proj(out.flatten(2, 3).transpose(1, 2).reshape(x.shape))
+
+    x = batch()[0]
+    results = [read(built(layer), x) for layer in (Rows(), Attention())]
+    (rows,), (whole,) = (found for found, _, _ in results)
+    assert (rows.n_windows, rows.n_joined) == (1, 4)
+    assert torch.equal(rows.queries, whole.queries)
+    assert torch.equal(rows.keys, whole.keys)
+    model: Any = built(Rows())
+    with torch.no_grad():
+        q, k, _ = model.attn.heads(model.embed(x).flatten(2).mT)
+    torch.testing.assert_close(results[0][2]["attn"], (q @ k.mT).softmax(-1), rtol=1e-12, atol=1e-14)
 
 
 def test_heads_mixed_by_a_constant_are_not_taken_for_values() -> None:

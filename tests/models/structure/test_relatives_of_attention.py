@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import Block, C, Feed, N, Tokens, X, check
+from tests.helpers.own_networks import Attention, Block, C, Feed, N, Tokens, X, check
 from vitscope.models.structure.residual_units import units
 from vitscope.runtime.errors import StructureError
 
@@ -45,12 +45,29 @@ class Recurrent(nn.Module):
         return written if self.write else torch.stack(results, 1)
 
 
+class Scan(nn.Module):
+    """A diagonal state-space model whose states are running sums, or running sums of exponentials of logarithms."""
+
+    def __init__(self, logarithms: bool) -> None:
+        super().__init__()
+        self.logarithms = logarithms
+        self.step, self.value, self.out = (nn.Linear(C, C) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        decay = F.softplus(self.step(x)).cumsum(1)
+        if self.logarithms:
+            return self.out((torch.logcumsumexp(decay + F.softplus(self.value(x)).log(), 1) - decay).exp())
+        return self.out((-decay).exp() * (decay.exp() * self.value(x)).cumsum(1))
+
+
 @pytest.mark.parametrize(
     ("mixer", "reason"),
     [
         (FullAttentionFree, "mixes positions by a table"),
         (lambda: Recurrent(write=False), "from position to position"),
         (lambda: Recurrent(write=True), "from position to position"),
+        (lambda: Scan(logarithms=False), "from position to position"),
+        (lambda: Scan(logarithms=True), "from position to position"),
     ],
 )
 def test_relatives_of_attention_without_a_softmax_are_refused_by_name(mixer, reason: str) -> None:
@@ -85,6 +102,23 @@ class Experts(nn.Module):
         return (torch.stack([expert(x * weights[..., :1]) for expert in self.experts], -1) * weights[:, :, None]).sum(
             -1
         )
+
+
+class GatedAttention(Attention):
+    """Attention whose result is multiplied by a gate of the values before the last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            t.unflatten(2, (2, -1)).transpose(1, 2) for t in self.three(x).chunk(3, -1)
+        )  # (B, heads, L, C / heads)
+        out = (q @ k.mT).softmax(-1) @ v * torch.sigmoid(v)
+        return self.back(out.transpose(1, 2).flatten(2))
+
+
+def test_a_gate_of_attention_is_no_mlp(recwarn) -> None:
+    model = Tokens(Block("pre", GatedAttention)).double().eval()
+    assert vs.structure(model, X).parameter_kinds["blocks.0.mixer.back.weight"] == "msa"
+    assert [str(warning.message) for warning in recwarn if "holds attention and an MLP" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("mixer", [Gated, Experts])

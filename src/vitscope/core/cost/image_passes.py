@@ -91,6 +91,18 @@ def guard_checks(
     return [*works, check(GRADIENT, Count.exactly(1), min(2, n))] if moves_weights or second_order else works
 
 
+def independence_checks(workload: Workload, n_at_once: int = 2) -> list[Work]:
+    """Return the passes that show whether images of a batch influence each other, see `refuse_dependent_images`.
+
+    Args:
+        workload: What is measured.
+        n_at_once: Images that are evaluated together, half of them alone too.
+    """
+    n, n_part = min(max(2, n_at_once), workload.first_batch), max(1, n_at_once // 2)
+    sizes = (n, n_part) if n > n_part else ()
+    return [Work(EVALUATION, Count.exactly(1), size, is_divided=False, is_check=True) for size in sizes]
+
+
 def trained_and_untrained_passes(
     workload: Workload,
     options: Options,
@@ -99,6 +111,7 @@ def trained_and_untrained_passes(
     first_unit: WorkUnit | None = None,
     evaluation: WorkUnit | None = None,
     tap_searches_a_model: bool = True,
+    takes_batches_apart: bool = False,
 ) -> MeasureCost:
     """Return a pass over all images, and another of the model before training where the measure has it (``initial``).
 
@@ -109,9 +122,11 @@ def trained_and_untrained_passes(
         first_unit: The pass over the first batch, where more is done with it; None for the same pass.
         evaluation: The evaluation of each model's sums, timed with those of the first batch; None where it takes no time.
         tap_searches_a_model: Whether the places of feature maps are searched in each model; in the trained one alone otherwise.
+        takes_batches_apart: Whether each model is checked for images that influence each other.
     """
     n_models = 1 + workload.input_size(options, "initial")
     checks = guard_checks(workload) * n_models  # each model has a probe of its own
+    checks += independence_checks(workload) * n_models if takes_batches_apart else []
     n_searches = n_models if tap_searches_a_model else 1
     repeats, n, n_first = Count.exactly(n_models), workload.n_images, workload.first_batch
     passes = [Work(unit, repeats, n)]

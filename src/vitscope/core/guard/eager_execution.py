@@ -1,17 +1,19 @@
-"""Run models uncompiled and without wrappers for several devices.
+"""Run models uncompiled, without wrappers for several devices, and with activation checkpoints that can be differentiated.
 
 Inside a compiled graph no hook is called and no second derivative exists; ``nn.DataParallel`` cannot be called with other
 parameters, and ``DistributedDataParallel`` exchanges buffers in every pass, which ranks with unequal shares would wait for.
+Reentrant activation checkpoints (``torch.utils.checkpoint``, ``use_reentrant=True``) refuse ``torch.autograd.grad``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from vitscope.runtime.torch_internals import is_compiler_loaded, uncompiled
 
@@ -32,6 +34,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def eager_execution(model: nn.Module) -> Iterator[None]:
     """Run everything uncompiled that ``torch.compile`` or ``module.compile()`` compiled, whole models, parts and methods.
 
+    Activation checkpoints are made without reentering autograd, whatever the model asks for.
+
     Raises:
         ValueError: the model has a part made by ``torch.jit``, whose Python code is gone.
     """
@@ -41,8 +45,28 @@ def eager_execution(model: nn.Module) -> Iterator[None]:
                 f"Expected modules of Python code, received {name or 'a model'!r} made by torch.jit.script or torch.jit.trace, "
                 "whose parts cannot be observed: pass the nn.Module that it was made from."
             )
-    if not is_compiler_loaded():
+    with _differentiable_checkpoints():
+        if not is_compiler_loaded():
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
+
+
+class _PlainCheckpoint:
+    """What ``torch.utils.checkpoint`` calls for a reentrant checkpoint: the same values, recomputed by hooks of saved tensors."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+@contextmanager
+def _differentiable_checkpoints() -> Iterator[None]:
+    """Make reentrant activation checkpoints as others are."""
+    original_function = checkpoint.CheckpointFunction
+    cast(Any, checkpoint).CheckpointFunction = _PlainCheckpoint
+    try:
         yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    finally:
+        cast(Any, checkpoint).CheckpointFunction = original_function

@@ -194,7 +194,10 @@ def check_weights(model: nn.Module) -> None:
     """
     for name, p in model.named_parameters():
         if p.is_complex():
-            raise ValueError(f"Expected real parameters, received {name!r} of type {p.dtype}: use a real model.")
+            raise ValueError(
+                f"Expected real parameters, received {name!r} of type {p.dtype}: store torch.view_as_real(...) of it, and use "
+                "torch.view_as_complex of the parameter in the forward."
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
@@ -229,6 +232,11 @@ def _on_failure(x: Any, error: Exception) -> str:
     if isinstance(x, BatchInputs):
         what = f"the entries {', '.join(map(str, x.entries)) if isinstance(x.entries, dict) else f'0 to {len(x.entries) - 1}'}"
     line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
+    if isinstance(error, NotImplementedError):  # of an operation, whatever the images are
+        return (
+            f"Expected a network whose operations run here, received one that fails ({type(error).__name__}: {line}): choose "
+            "another operation, as attn_implementation='sdpa' in transformers, or another device."
+        )
     return (
         f"Expected images that the model takes, received {what}, on which it fails ({type(error).__name__}: {line}): "
         "check their channels and size against the model's."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.checks.cut_gradients import CutValues, is_large_gap, slope_gap
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
 from vitscope.core.guard.module_state import pure_forward
 from vitscope.core.guard.parameter_use import ineffective_parameters
@@ -34,6 +35,8 @@ class Repeatability:
         unread: trainable parameters of modules that run, from which the outputs may be cut off.
         unused: trainable parameters that the outputs in eval mode do not use.
         drew: whether these passes drew random numbers, seen in their outputs or not.
+        cut: modules that use values without their derivatives, where the loss's slope shows it.
+        gap: difference between the slope of the loss along its gradient and the gradient's length, as a share.
     """
 
     random: tuple[str, ...] = ()
@@ -43,6 +46,8 @@ class Repeatability:
     unread: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     drew: bool = False
+    cut: tuple[str, ...] = ()
+    gap: float = 0.0
 
     def refuse(self) -> None:
         """Raise ValueError where the loss is no function of the weights, or the weights are not the model's own to move."""
@@ -71,6 +76,16 @@ class Repeatability:
                 f"the outputs in eval mode do not depend on {', '.join(self.unused[:3])}{more}: "
                 "they count as weights without curvature (call requires_grad_(False) to leave them out)",
                 UnusedParametersWarning,
+                stacklevel=4,
+            )
+
+        if self.cut:
+            more = f" and {len(self.cut) - 3} more" if len(self.cut) > 3 else ""
+            warnings.warn(
+                f"the loss depends on the weights also through values that are cut off from autograd (detach(), no_grad) in "
+                f"{', '.join(self.cut[:3])}{more}: its slope along the gradient differs by {self.gap:.1%} from the gradient's "
+                "length, and gradients and curvature are those of autograd",
+                CutGradientsWarning,
                 stacklevel=4,
             )
 
@@ -104,6 +119,10 @@ def warn_of_draws(names: Sequence[str]) -> None:
     )
 
 
+class CutGradientsWarning(UserWarning):
+    """The loss depends on the weights in ways that autograd does not see; the text names the modules."""
+
+
 class UnusedParametersWarning(UserWarning):
     """Trainable parameters that the forward pass in eval mode does not use; the text names them."""
 
@@ -135,12 +154,17 @@ def examine(
                 raise
         if unread:
             return Repeatability(unread=unread)
-        first, second = (_evaluated(model, x, y, objective) for _ in range(2))
+        with CutValues(model) as cut:
+            first = _evaluated(model, x, y, objective)
+        second = _evaluated(model, x, y, objective)
         drew = states.moved()
         difference, bound = compare_passes(model, first, second, drew, x)
         written = tuple(name for name, identity in _identities(model).items() if weights.get(name) != identity)
         names = random_modules(model, x) if difference > bound else ()
-    return Repeatability(names, difference, bound, written, unread, unused, drew)
+        has_gradient = objective is not None and len(first) > 1 and first[-1].ndim == 1 and not (names or written)
+        gap = slope_gap(model, x, y, objective, first[-1]) if objective and has_gradient and cut.names else 0.0
+    cut_modules = tuple(cut.names) if is_large_gap(gap) else ()
+    return Repeatability(names, difference, bound, written, unread, unused, drew, cut_modules, gap)
 
 
 def _evaluated(model: nn.Module, x: Inputs, y: Tensor, objective: Objective | None) -> list[Tensor]:

@@ -8,7 +8,7 @@ from math import inf
 
 import torch
 
-from vitscope.core.cost.image_passes import EVALUATION, evaluations, guard_checks
+from vitscope.core.cost.image_passes import EVALUATION, evaluations, guard_checks, independence_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, WorkUnit
 from vitscope.core.objective import hard_targets
 from vitscope.core.probe import Probe
@@ -49,6 +49,7 @@ def attack_cost(workload: Workload, options: Options) -> MeasureCost:
         *([Work(IMAGE_GRADIENT, gradients, n, n_sharing=inf)] if differentiates else []),
         *guard_checks(workload),
         *(guard_checks(workload, second_order=True)[1:] if differentiates else []),
+        *independence_checks(workload),
     ]
     n_members = len(SUITE) if "suite" in attacks else 0
     # accuracy with its ends, nll, blind share and largest change

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
@@ -157,6 +158,7 @@ def adversarial(
     with probe.guard(second_order=any(attack != "square" for attack in attacks), dtype=dtype) as model:
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
+        refuse_dependent_images(model, next(probe.iter_batches())[0][:2], 1, "adversarial")
 
         def row(condition: tuple[str, float]) -> Mapping[str, Any]:
             attack, epsilon = condition

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.batches.batch_inputs import images_of
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.attention._placement import Query
@@ -93,6 +94,8 @@ def _local_images(
             pixels = _pixels(probe, images_of(x, "attention_maps"))
             maps = classes = None
             if differentiates:
+                if number == 0:
+                    refuse_dependent_images(model, x[:2], 1, "gradients of attention maps")
                 relevances = relevance(model, x, units, class_index)
                 if relevances.tokens is not None and relevances.classes is not None:
                     maps = row_maps(relevances.tokens, units[0], query).cpu().numpy()

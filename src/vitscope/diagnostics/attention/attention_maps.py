@@ -132,8 +132,10 @@ def accumulate(
 
 
 def _shown_images(workload: Workload, options: Options) -> int:
-    """Return the number of images to show, which go through the model again."""
-    return min(workload.n_images, int(options["images"]))
+    """Return the number of images to show, which go through the model again, with those that show that images are independent."""
+    n_shown = min(workload.n_images, int(options["images"]))
+    n_together = min(2, n_shown, workload.first_batch)
+    return n_shown + (n_together + 1 if n_together > 1 and options["gradient"] else 0)
 
 
 @declares_cost(feature_pass_cost(accumulate, further_images=_shown_images))

@@ -10,7 +10,7 @@ from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.parameter_subsets import part_sizes
-from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
+from vitscope.models.structure.parameter_groups import KIND_ORDER, kinds_of_probe, parameter_kinds, parameter_stages
 from vitscope.models.structure.structure_table import structure
 
 Subset = str | list[str]
@@ -81,18 +81,15 @@ def kinds_of_blocks(probe: Probe, names: Sequence[Collection[str]]) -> tuple[str
         probe: the model and its images.
         names: names of each block's parameters; rows of one are ``name[part]``.
     """
-    try:
-        with probe.calling():
-            kinds = parameter_kinds(probe.model, probe.first_images())
-    except ValueError:
-        return ("",) * len(names)
     sizes = {name: p.numel() for name, p in probe.model.named_parameters()}
+    blocks = [[name if name in sizes else name.rpartition("[")[0] for name in block] for block in names]
+    parameters = list(dict.fromkeys(name for block in blocks for name in block))
+    kinds = dict(zip(parameters, kinds_of_probe(probe, parameters, "hessian_block_densities", unknown="")))
     block_kinds = []
-    for block in names:
+    for block in blocks:
         counts: dict[str, int] = {}
-        for name in (name if name in sizes else name.rpartition("[")[0] for name in block):
-            kind = kinds.get(name, "")
-            counts[kind] = counts.get(kind, 0) + sizes.get(name, 0)
+        for name in block:
+            counts[kinds[name]] = counts.get(kinds[name], 0) + sizes.get(name, 0)
         block_kinds.append(max(counts, key=lambda kind: counts[kind]))
     return tuple(block_kinds)
 

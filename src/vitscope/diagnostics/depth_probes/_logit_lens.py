@@ -52,15 +52,37 @@ class Head:
             return f"logit lens: the head takes {self.channels} channels"
         if tap.n_prefix != self.tap.n_prefix:
             return "logit lens: its tokens are not those of the last layer"
-        if self.pooling == "flatten" and tuple(x.shape[2:]) != self.positions:
+        if tuple(x.shape[2:]) != self.positions and self._flattened(x) != self._flattened(x, self.positions):
             return "logit lens: the head takes maps of one size"
         return None
 
-    def apply(self, x: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return logits ``(B, K)`` and what the classifier takes, ``(B, C')``, of a map and its prefix tokens."""
+    def _flattened(self, like: Tensor, positions: tuple[int, ...] | None = None) -> list[tuple[int, ...]] | None:
+        """Return the shapes of what the head flattens of a map like ``(B, C, h, w)``, of other positions where they are given.
+
+        None where the head does not run on it.
+        """
+        x = like.new_zeros(1, like.shape[1], *(like.shape[2:] if positions is None else positions))
+        prefix = x.new_zeros(1, self.tap.n_prefix, x.shape[1]) if self.tap.n_prefix else None
+        shapes: list[tuple[int, ...]] = []
+        try:
+            self.apply(x, prefix, shapes)
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
+            return None
+        return shapes
+
+    def apply(
+        self, x: Tensor, prefix: Tensor | None, flattened: list[tuple[int, ...]] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return logits ``(B, K)`` and what the classifier takes, ``(B, C')``, of a map and its prefix tokens.
+
+        The shapes of values that are flattened are added to ``flattened``.
+        """
         value = _in_layout(x, prefix, self.tap)
         head_input = None
         for index, module in enumerate((*self.modules, None)):
+            is_flattening = isinstance(module, nn.Flatten) or (index == self.place and self.pooling == "flatten")
+            if is_flattening and flattened is not None:
+                flattened.append(tuple(value.shape))
             if index == self.place:
                 value = _pooled(value, self.pooling, self.tap)
             if module is None:

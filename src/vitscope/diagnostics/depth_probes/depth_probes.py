@@ -284,7 +284,9 @@ def _null_reasons(result: DepthProbesResult, head: Head | None) -> dict[str, str
     elif lens[finite].any():
         names = [name for name, null in zip(result.taps, lens) if null and name not in reasons]
         which = ", ".join(names) if len(names) < 4 else f"{len(names)} taps from {names[0]} to {names[-1]}"
-        reasons[f"logit_lens_accuracy, nc3 at {which}"] = "other channels or tokens than the head takes"
+        reasons[f"logit_lens_accuracy, nc3 at {which}"] = (
+            "other channels, tokens or a map of another size than the head takes"
+        )
     unread = [name for name, null in zip(result.taps, np.isnan(result.nc3) & ~lens & ~np.isnan(result.nc1)) if null]
     if unread:
         reasons[f"nc3 at {', '.join(unread)}"] = "class means of what the head takes that do not differ"

@@ -20,7 +20,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.curvature.product_cost import mean_products
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed
-from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -151,7 +151,7 @@ def hessian_diagonal(
     noise = float(np.square(error).mean())
     return HessianDiagonalResult(
         parameters=tuple(sizes),
-        kinds=_kinds(probe, list(sizes)),
+        kinds=kinds_of_probe(probe, list(sizes), "hessian_diagonal"),
         sizes=np.array(list(sizes.values())),
         diagonal=diagonal,
         standard_error=error,
@@ -193,12 +193,3 @@ def _hutchinson(
     error = (squares / (n_vectors - 1) / n_vectors).sqrt()
     spread = torch.stack(means).std(dim=0, correction=1)  # (n_tensors,)
     return mean.cpu().numpy(), error.cpu().numpy(), spread.cpu().numpy() / np.sqrt(n_vectors)
-
-
-def _kinds(probe: Probe, names: list[str]) -> tuple[str, ...]:
-    try:
-        with probe.calling():
-            kinds = parameter_kinds(probe.model, probe.first_images())
-    except ValueError:
-        return ("unknown",) * len(names)
-    return tuple(str(kinds.get(name, kinds.get(name.rpartition("[")[0], "unknown"))) for name in names)

@@ -31,7 +31,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import Curvatures, curvatures
 from vitscope.linalg.curvature.product_cost import curvature_options, mean_products, product_checks
 from vitscope.linalg.per_example_gradients import MOST_IMAGES, PerExampleGradients
-from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds
+from vitscope.models.structure.parameter_groups import KIND_ORDER, kinds_of_probe
 from vitscope.runtime.value_ranges import NonNegativeInt
 from vitscope.stats.intervals import LEAST_IMAGES, few_images
 
@@ -233,13 +233,8 @@ def _groups(probe: Probe, options: CurvatureOptions) -> dict[str, list[int]]:
     with curvatures(probe, options) as operators:
         names = list(operators.parameters)
     groups = {ALL: list(range(len(names)))}
-    try:
-        with probe.calling():
-            kinds = parameter_kinds(probe.model, probe.first_images())
-    except ValueError:
-        return groups
-    parameter_kinds_in_order = [str(kinds.get(name, kinds.get(name.rpartition("[")[0], ""))) for name in names]
-    by_kind = {kind: [i for i, k in enumerate(parameter_kinds_in_order) if k == kind] for kind in KIND_ORDER}
+    kinds = kinds_of_probe(probe, names, "gradient_noise")
+    by_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in KIND_ORDER}
     return groups | {kind: places for kind, places in by_kind.items() if places}
 
 

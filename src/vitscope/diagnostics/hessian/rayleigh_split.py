@@ -8,7 +8,7 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.named_losses import LOSSES
@@ -22,7 +22,7 @@ from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products
 from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import solve
-from vitscope.models.structure.parameter_groups import parameter_kinds
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.value_ranges import PositiveInt
 
 
@@ -135,16 +135,18 @@ def rayleigh_split(
         assert pairs.vectors is not None
         l2 = np.array([dot(v, hessian.l2_product(v)) for v in pairs.vectors])
         hessian.release()
-        kinds = _kinds(operators.model, list(operators.parameters), probe.first_images())
-        names = tuple(sorted(set(kinds.values())))
+        analyzed = list(operators.parameters)
         parts = [hessian.split(v) for v in pairs.vectors]
-        mass = np.array([_mass(part, list(kinds), kinds, names) for part in parts])
-        sizes = _mass([torch.ones_like(p).sqrt() for p in operators.parameters.values()], list(kinds), kinds, names)
+        ones = [torch.ones_like(p) for p in operators.parameters.values()]
         facts = {"k": k, "n_ends": n_ends, **options.values("tol", "max_products", "seed"), "ranking": "magnitude"}
         card = operators.card(facts)
     with curvatures(probe, options, operator="ggn") as operators:
         ggn = operators.mean()
         gauss_newton = np.array([dot(v, ggn.data_product(v)) for v in pairs.vectors])
+    kinds = dict(zip(analyzed, kinds_of_probe(probe, analyzed, "rayleigh_split")))
+    names = tuple(sorted(set(kinds.values())))
+    mass = np.array([_mass(part, analyzed, kinds, names) for part in parts])
+    sizes = _mass(ones, analyzed, kinds, names)
     return RayleighSplitResult(
         eigenvalues=pairs.values,
         residuals=pairs.residuals,
@@ -167,15 +169,6 @@ def _distinct(pairs: Eigenpairs) -> Eigenpairs:
         name: getattr(pairs, name)[rows] for name in ("values", "residuals", "errors", "converged", "vectors")
     }
     return replace(pairs, **distinct_pairs)
-
-
-def _kinds(model: nn.Module, names: list[str], images: Tensor | None) -> dict[str, str]:
-    """Return each parameter's kind; where the kinds are not certain all are ``unknown``."""
-    try:
-        kinds = parameter_kinds(model, images)
-    except ValueError:
-        return dict.fromkeys(names, "unknown")
-    return {name: str(kinds.get(name, "unknown")) for name in names}
 
 
 def _mass(parts: Sequence[Tensor], names: list[str], kinds: dict[str, str], order: tuple[str, ...]) -> list[float]:

@@ -6,10 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from vitscope.core.probe import Probe
-from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds
-
-UNKNOWN = "unknown"
+from vitscope.models.structure.parameter_groups import KIND_ORDER, UNKNOWN
 
 
 def weight_matrices(parameters: Mapping[str, Tensor]) -> list[str]:
@@ -26,16 +23,6 @@ def weight_matrices(parameters: Mapping[str, Tensor]) -> list[str]:
             "Expected at least one weight of two or more dimensions, received vectors alone: choose parameters=."
         )
     return names
-
-
-def kinds_of_layers(probe: Probe, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the kind of the unit of each parameter; ``unknown`` where the model's units are not known."""
-    try:
-        with probe.calling():
-            kinds = parameter_kinds(probe.model, probe.first_images())
-    except ValueError:
-        return (UNKNOWN,) * len(names)
-    return tuple(str(kinds.get(name, kinds.get(name.rpartition("[")[0], UNKNOWN))) for name in names)
 
 
 def present_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

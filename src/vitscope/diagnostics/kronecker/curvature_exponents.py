@@ -16,13 +16,14 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.kronecker._layers import kinds_of_layers, present_kinds, weight_matrices
+from vitscope.diagnostics.kronecker._layers import present_kinds, weight_matrices
 from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, fit_power_law, mean_by_kind
 from vitscope.linalg.curvature.curvature_operator import Curvature
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import curvature_options, mean_products
 from vitscope.linalg.krylov_basis import dot
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -127,7 +128,7 @@ def curvature_exponents(
             s, h = _curvatures_along(operator, name, gradient[name], n_singular_values)
             singular_values[row, : len(s)], values[row, : len(h)] = s, h
         card = operators.card({"n_singular_values": n_singular_values, "seed": options.seed})
-    kinds = kinds_of_layers(probe, matrices)
+    kinds = kinds_of_probe(probe, matrices, "curvature_exponents")
     fits = [fit_power_law(s, h) for s, h in zip(singular_values, values)]
     exponents = np.array([fit.exponent for fit in fits])
     warn_nulls(

@@ -27,10 +27,11 @@ from vitscope.diagnostics.kronecker._kfac_factors import (
     kronecker_factors_of,
     refuse_without_curvlinops,
 )
-from vitscope.diagnostics.kronecker._layers import kinds_of_layers, present_kinds
+from vitscope.diagnostics.kronecker._layers import present_kinds
 from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, fit_power_law, mean_by_kind
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.product_cost import curvature_options
+from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
 
 
@@ -189,7 +190,7 @@ def kronecker_factors(
     names = tuple(factors)
     inputs, outputs = [f.inputs for f in factors.values()], [f.outputs for f in factors.values()]
     input_fits, output_fits = ([_decay(values, least_share) for values in spectra] for spectra in (inputs, outputs))
-    kinds = kinds_of_layers(probe, [f"{name}.weight".lstrip(".") for name in names])
+    kinds = kinds_of_probe(probe, [f"{name}.weight".lstrip(".") for name in names], "kronecker_factors")
     groups = present_kinds(kinds)
     input_exponents, output_exponents = (np.array([fit.exponent for fit in f]) for f in (input_fits, output_fits))
     input_means, input_intervals = mean_by_kind(input_exponents, kinds, groups)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Probe
 from vitscope.core.structure_lookup import structure_reader
@@ -83,6 +84,7 @@ def measure_fields(
         dtype = str(probe.dtype).removeprefix("torch.")
         for p in model.parameters():
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
+        refuse_dependent_images(model, next(probe.iter_batches())[0][:2], 1, "effective_receptive_field")
         batches = track(probe.local_batches(), "receptive field", -(-probe.n_batches // world_size()))
         with structure_reader().reading(model, taps, sums.read):
             for number, (x, _) in batches:

@@ -159,8 +159,9 @@ _EXTENTS = WorkUnit("extents of fields", _field_extents, ("taps", "contribution"
 def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return a pass with the gradients of all taps over all images, and another of the model before training."""
     return trained_and_untrained_passes(
-        workload, options, _FIELD_PASS, first_unit=_FIRST_FIELD_PASS, evaluation=_EXTENTS, tap_searches_a_model=False
-    )
+        workload, options, _FIELD_PASS, first_unit=_FIRST_FIELD_PASS, evaluation=_EXTENTS, tap_searches_a_model=False,
+        takes_batches_apart=True,
+    )  # fmt: skip
 
 
 @declares_cost(_cost)

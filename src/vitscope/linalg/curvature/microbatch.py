@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vitscope.core.guard.substituted_call import substituted_call
 from vitscope.core.objective import Objective
 from vitscope.linalg.curvature.double_backward import BilinearConvDoubleBackward
 from vitscope.linalg.curvature.logit_curvature import output_curvature
+from vitscope.linalg.differences.own_functions import refuse_wrong_functions
 from vitscope.linalg.differences.second_derivative_errors import (
     named_second_derivative_errors,
     refuse_once_differentiable,
@@ -84,6 +85,13 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
         product = _no_product
     elif reverse:
         product = _reverse(gradient, parameters)
+        scale = _scale(operator, first_image)
+        if scale > 0:
+
+            def loss_of(outputs: Any) -> Tensor:
+                return operator.objective.data_loss(outputs, y, "sum") * scale
+
+            refuse_wrong_functions(operator.model, operator.parameters, x, loss, loss_of, product)
     elif linearized:
         product = _linearized(operator, x, y)
     else:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.checks.independent_images import refuse_dependent_images
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.sharding.sharded_parameters import is_sharded
@@ -187,8 +189,12 @@ def _refuse_kinks(model: nn.Module, probe: Probe, parameters: dict[str, Tensor])
         )
 
 
+#: sizes of micro-batches that a probe's network has been checked with
+_independent_sizes: MutableMapping[Probe, set[int]] = WeakKeyDictionary()
+
+
 def _refuse_batch_statistics(model: nn.Module, probe: Probe, micro_batch: int) -> None:
-    """Raise ValueError where parts of a batch would have statistics of their own: BatchNorm without running ones."""
+    """Raise ValueError where parts of a batch would have other outputs, as of BatchNorm without running statistics."""
     ends = [probe.first_image(index) for index in range(probe.n_batches + 1)]
     if max(end - start for start, end in itertools.pairwise(ends)) <= micro_batch:
         return
@@ -198,6 +204,11 @@ def _refuse_batch_statistics(model: nn.Module, probe: Probe, micro_batch: int) -
                 f"Expected micro_batch=None with BatchNorm that uses the statistics of the batch, received {micro_batch} and "
                 f"{name or type(module).__name__!r} without running statistics, which differ for parts of a batch."
             )
+    if micro_batch not in _independent_sizes.setdefault(probe, set()):
+        x, _ = next(iter(probe.iter_batches()))
+        n_part = max(1, micro_batch // 2)  # no more images at once than the measure has, but for single ones
+        refuse_dependent_images(model, x[: max(2, micro_batch)], n_part, f"micro_batch={micro_batch}")
+        _independent_sizes[probe].add(micro_batch)
 
 
 @contextmanager

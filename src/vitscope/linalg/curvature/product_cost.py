@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vitscope.core.cost.image_passes import guard_checks
+from vitscope.core.cost.image_passes import guard_checks, independence_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, UnknownCost, Work, Workload, WorkUnit
 from vitscope.core.probe import Probe
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions
@@ -74,8 +74,10 @@ def keeps_graph(workload: Workload, options: Options, n_batches: int = 1) -> boo
 
 
 def product_checks(workload: Workload, options: Options) -> list[Work]:
-    """Return the passes of the guard for derivatives, see `guard_checks`."""
-    return guard_checks(workload, second_order=True, n_images=options.get("micro_batch"))
+    """Return the passes of the guard for derivatives, see `guard_checks`, and those that parts of a batch need."""
+    micro_batch = options.get("micro_batch")
+    checks = guard_checks(workload, second_order=True, n_images=micro_batch)
+    return [*checks, *independence_checks(workload, micro_batch)] if micro_batch else checks
 
 
 def mean_products(workload: Workload, options: Options, products: Count, gradients: int = 0) -> list[Work]:

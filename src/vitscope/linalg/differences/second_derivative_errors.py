@@ -34,10 +34,11 @@ def refuse_once_differentiable(gradient: Iterable[Tensor]) -> None:
             would take for a constant.
     """
     if has_once_differentiable(gradient):
-        raise _error("an autograd.Function of it is marked with once_differentiable")
+        raise not_twice_differentiable("an autograd.Function of it is marked with once_differentiable")
 
 
-def _error(reason: str) -> NotTwiceDifferentiableError:
+def not_twice_differentiable(reason: str) -> NotTwiceDifferentiableError:
+    """Return the error about a network that has no second derivative, with the reason and a way round."""
     return NotTwiceDifferentiableError(
         f"Expected a model that can be differentiated twice, received one that cannot ({reason}); set product='difference' "
         "(differences of first gradients, with their error), or use operations with a second derivative."
@@ -59,4 +60,4 @@ def named_second_derivative_errors() -> Iterator[None]:
             sign in text for sign in _SIGNS
         ):
             raise
-        raise _error(first_line(error, 200)) from error
+        raise not_twice_differentiable(first_line(error, 200)) from error

@@ -40,7 +40,9 @@ class AttentionUnit:
         key_grid: Rows and columns of the map of keys, which may be coarser.
         image_size: (H, W) of the images.
         is_transposed: Whether the model has its weights as (..., keys, queries).
-        order: (n_windows * n_heads,) number of each window's heads among the attention maps of an image in the model.
+        order: (n_windows * n_joined * n_heads,) number of each window's heads among the attention maps of an image in the model.
+        n_joined: Maps of the model that make one of a head, as of a network that has the rows of its queries on an axis of their
+            own: they attend to the same keys, and their queries follow each other.
     """
 
     unit: Unit
@@ -53,6 +55,7 @@ class AttentionUnit:
     image_size: tuple[int, int]
     is_transposed: bool
     order: Tensor
+    n_joined: int = 1
 
     @property
     def name(self) -> str:
@@ -97,7 +100,7 @@ class AttentionUnit:
         Raises:
             StructureError: Weights of other images than those for which the positions hold.
         """
-        n_queries, n_keys = self.queries.shape[1], self.keys.shape[1]
+        n_queries, n_keys = self.queries.shape[1] // self.n_joined, self.keys.shape[1]
         maps = weights.reshape(-1, *weights.shape[-2:])  # (B * n_windows * heads, queries, keys)
         if maps.shape[1:] != (n_queries, n_keys) or len(maps) % len(self.order):
             height, width = self.image_size
@@ -110,7 +113,8 @@ class AttentionUnit:
         maps = maps.unflatten(0, (-1, len(self.order)))  # (B, n_windows * heads, queries, keys)
         if not torch.equal(self.order, torch.arange(len(self.order))):
             maps = maps[:, self.order.to(maps.device)]
-        return maps.reshape(-1, self.n_heads, n_queries, n_keys)  # (B * n_windows, heads, queries, keys)
+        maps = maps.reshape(-1, self.n_joined, self.n_heads, n_queries, n_keys)
+        return maps.transpose(1, 2).flatten(2, 3)  # (B * n_windows, heads, queries, keys)
 
 
 def attention_units(
@@ -233,11 +237,16 @@ def _unit(
     order, n_windows = _windows(first)
     n_heads = len(order) // n_windows
     per_window = first[order[::n_heads]]  # (n_windows, queries + keys, 2)
-    query_cells, query_grid = _cells(per_window[:, : queries.shape[1]])
-    key_cells, key_grid = _cells(per_window[:, queries.shape[1] :])
+    query_places, key_places = per_window[:, : queries.shape[1]], per_window[:, queries.shape[1] :]
+    n_joined = 1
+    if torch.allclose(key_places, key_places[:1].expand_as(key_places), rtol=0, atol=_RESOLUTION, equal_nan=True):
+        n_joined, query_places, key_places = n_windows, query_places.reshape(1, -1, 2), key_places[:1]
+    query_cells, query_grid = _cells(query_places)
+    key_cells, key_grid = _cells(key_places)
     return AttentionUnit(
-        unit, module, n_heads, query_cells, key_cells, query_grid, key_grid, image_size, positions.is_transposed, order
-    )
+        unit, module, n_heads, query_cells, key_cells, query_grid, key_grid, image_size, positions.is_transposed, order,
+        n_joined,
+    )  # fmt: skip
 
 
 class _UncertainPositionsError(Exception):

@@ -26,6 +26,10 @@ _SAME_WEIGHTS = frozenset({
     "reshape_as", "mT",
 })  # fmt: skip
 
+#: largest deviation from one of a sum of weights, in units of the rounding of their type; each weight adds its share of one unit
+_MEAN_ERROR = 32
+_NO_MEAN = "the softmax runs over other positions than those whose values are summed"
+
 Owner = TypeVar("Owner")
 
 
@@ -125,7 +129,7 @@ class AttentionMode(TorchFunctionMode):
             return self._multi_head(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if name in PRODUCTS:
-            self._product(args, kwargs)
+            self._product(name, args, kwargs)
         result = func(*args, **kwargs)
         if name == "softmax" and isinstance(result, Tensor) and result.ndim > 1:
             dimension = _dimension(args, kwargs)
@@ -142,21 +146,26 @@ class AttentionMode(TorchFunctionMode):
         source = self.softmax_of[tensor]
         return tensor if source is None else source
 
-    def _product(self, args: Any, kwargs: Any) -> None:
+    def _product(self, name: str, args: Any, kwargs: Any) -> None:
         operands = args[1:] if args and isinstance(args[0], str) else args
         operands = operands[0] if operands and isinstance(operands[0], tuple | list) else operands
         operands = [t for t in (*operands, *kwargs.values()) if isinstance(t, Tensor)]
-        weights = next((self._softmax(t) for t in operands if t in self.softmax_of), None)
-        if weights is None or weights in self.used or any(_mixes_heads(t, weights) for t in operands):
+        position = next((i for i, t in enumerate(operands) if t in self.softmax_of), None)
+        if position is None or any(_mixes_heads(t, self._softmax(operands[position])) for t in operands):
+            return
+        weights = self._softmax(operands[position])
+        if weights in self.used:
             return
         self.used[weights] = True
         is_transposed = self.over_queries[weights]
         oriented = weights.transpose(-2, -1) if is_transposed else weights
+        is_mean = _sums_to_one(operands[position], _summed_axes(name, args, position, operands[position].ndim))
         self.fn(
             AttentionCall(
-                lambda: _at_least_single(oriented), softmax=oriented, source=weights, is_transposed=is_transposed
+                (lambda: _at_least_single(oriented)) if is_mean else _unread_means,
+                softmax=oriented, source=weights, is_transposed=is_transposed, refusal="" if is_mean else _NO_MEAN,
             )
-        )
+        )  # fmt: skip
 
     def _one_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         options = _sdpa_arguments(*args, **kwargs)
@@ -255,6 +264,29 @@ def _refusal(options: Mapping[str, Any]) -> str:
     if options["is_causal"]:
         return "its attention is causal"
     return "its attention is grouped" if options["enable_gqa"] else ""
+
+
+def _summed_axes(name: str, args: Any, position: int, n_axes: int) -> list[int]:
+    """Return the axes of one of two operands over which a product sums; none where its equation does not say."""
+    if name != "einsum":
+        swapped = name == "__rmatmul__"
+        return [n_axes - 1 if (position == 0) != swapped else n_axes - 2]
+    inputs, _, output = args[0].replace(" ", "").partition("->") if isinstance(args[0], str) else ("", "", "")
+    labels = inputs.split(",")[position] if inputs.count(",") >= position else ""
+    return [axis for axis, label in enumerate(labels) if label not in output] if len(labels) == n_axes else []
+
+
+def _sums_to_one(weights: Tensor, axes: Sequence[int]) -> bool:
+    """Whether the weights of the first image sum to one over the axes of a product, so that the product is a mean of values."""
+    if not axes or weights.is_meta or weights.ndim < 3:
+        return True
+    rows = (weights[:1] if 0 not in axes else weights).detach()
+    sums = rows.sum(dim=list(axes), dtype=torch.float64)
+    return bool(((sums - 1).abs() <= _MEAN_ERROR * torch.finfo(weights.dtype).eps).logical_or(sums.isnan()).all())
+
+
+def _unread_means() -> Tensor:
+    raise ValueError(f"Expected attention whose output is a mean of values, received one of which {_NO_MEAN}.")
 
 
 def _unread() -> Tensor:

@@ -9,7 +9,9 @@ from typing import get_args
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.core.probe import Probe
 from vitscope.core.tap import Kind
+from vitscope.core.undefined_values import warn_nulls
 from vitscope.models.structure.coverage import (
     fix_of,
     model_name,
@@ -26,6 +28,8 @@ Place = tuple[Kind, int]
 
 #: kinds in the order in which results list them
 KIND_ORDER: tuple[Kind, ...] = get_args(Kind)
+#: kind of a parameter of a network whose units are not known
+UNKNOWN = "unknown"
 
 
 def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str, Kind]:
@@ -46,6 +50,25 @@ def parameter_kinds(model: nn.Module, images: Tensor | None = None) -> dict[str,
             units; a parameter outside of its units that is not used, or used between them for something else.
     """
     return {name: kind for name, (kind, _) in _places(model, images).items()}
+
+
+def kinds_of_probe(probe: Probe, names: Sequence[str], measure: str, unknown: str = UNKNOWN) -> tuple[str, ...]:
+    """Return the kind of each parameter; where kinds are not certain, ``unknown`` for all, with a warning that says why.
+
+    Args:
+        probe: The model and its images.
+        names: Names of its parameters; rows of one are ``name[part]``.
+        measure: Name of the measure, for the warning.
+        unknown: Kind of parameters that have none.
+    """
+    try:
+        with probe.calling():
+            kinds = parameter_kinds(probe.model, probe.first_images())
+    except ValueError as error:
+        reason = str(error).partition("; ")[0].rstrip(".")
+        warn_nulls(measure, {"the kinds of parameters": reason})
+        return (unknown,) * len(names)
+    return tuple(str(kinds.get(name, kinds.get(name.rpartition("[")[0], unknown))) for name in names)
 
 
 def parameter_stages(model: nn.Module, images: Tensor | None = None) -> dict[str, int]:

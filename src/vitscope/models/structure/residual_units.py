@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.tap import Kind
+from vitscope.models.removals.changed_outputs import changed_operand, changed_output, check_ran, zeros_of
+from vitscope.models.removals.head_channels import HeadOutputs
 from vitscope.models.structure.coverage import refuse_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
 from vitscope.models.structure.residual_structure import Read
-from vitscope.models.structure.taps import attach, counted_calls
+from vitscope.models.structure.taps import attach
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader, sum_place
 from vitscope.models.tracing.token_orders import with_orders
 from vitscope.runtime.errors import StructureError
@@ -206,13 +208,13 @@ def zeroed(*units: Unit) -> Iterator[None]:
     """
     with ExitStack() as stack:
         ran = {
-            unit.name: _changed_output(stack, unit.branch_out, _zeros)
+            unit.name: changed_output(stack, unit.branch_out, zeros_of)
             if unit.branch_out is not None
-            else _changed_operand(stack, _place(unit, "output"))
+            else changed_operand(stack, _place(unit, "output"))
             for unit in units
         }
         yield
-        _check_ran(ran)
+        check_ran(ran)
 
 
 @contextmanager
@@ -220,33 +222,30 @@ def head_zeroed(unit: Unit, head: int) -> Iterator[None]:
     """Remove one attention head: its part of the output projection's input is zero.
 
     A projection by a convolution, as in timm's ``Attention2d`` (CoAtNet), takes the channels on the second axis, others on the
-    last one.
+    last one. Attention of one's own may put the channels of its heads in another order, which the pass inside shows.
 
     Raises:
         ValueError: If the unit has no such head, if its channels cannot be told apart, or its projection did not run inside.
     """
-    projection, ran = unit.projection, []
-    if not 0 <= head < unit.n_heads or projection is None:
+    projection, attention, ran = unit.projection, unit.attention, list[bool]()
+    if not 0 <= head < unit.n_heads or projection is None or attention is None:
         raise ValueError(f"unit {unit.name!r} has {unit.n_heads} heads, there is no head {head}.")
+    with HeadOutputs() as outputs:
 
-    def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        ran.append(True)
-        x = args[0].clone()
-        axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of heads * dim_head channels
-        if x.shape[axis] % unit.n_heads:
-            raise ValueError(
-                f"Expected channels of {unit.n_heads} heads before the projection of {unit.name!r}, received {x.shape[axis]}."
-            )
-        width = x.shape[axis] // unit.n_heads
-        x.narrow(axis, head * width, width).zero_()
-        return (x, *args[1:])
+        def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            ran.append(True)
+            x = args[0].clone()
+            axis = 1 if isinstance(projection, _Convolution) else x.ndim - 1  # of the channels of all heads
+            channels = outputs.channels_of(head, unit.n_heads, x, axis, attention, unit.name)
+            x.index_fill_(axis, channels, 0)
+            return (x, *args[1:])
 
-    handle = projection.register_forward_pre_hook(drop)
-    try:
-        yield
-    finally:
-        handle.remove()
-    _check_ran({unit.name: ran})
+        handle = projection.register_forward_pre_hook(drop)
+        try:
+            yield
+        finally:
+            handle.remove()
+    check_ran({unit.name: ran})
 
 
 @contextmanager
@@ -262,57 +261,9 @@ def conv3x3_identity(unit: Unit) -> Iterator[None]:
         raise ValueError(f"unit {unit.name!r} has no 3x3 convolution with as many outputs as inputs.")
     vertical, horizontal = unit.conv3x3.stride
     with ExitStack() as stack:
-        ran = _changed_output(stack, Read(unit.conv3x3), lambda args, output: args[0][:, :, ::vertical, ::horizontal])
+        ran = changed_output(stack, Read(unit.conv3x3), lambda args, output: args[0][:, :, ::vertical, ::horizontal])
         yield
-        _check_ran({unit.name: ran})
-
-
-def _changed_output(stack: ExitStack, place: Read, change: Callable[[Any, Any], Any]) -> list[bool]:
-    """Let a module return ``change(args, output)`` while the stack is open; the list grows with each changed call."""
-    ran: list[bool] = []
-    is_read = counted_calls(place)
-
-    def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        if not is_read():
-            return None
-        ran.append(True)
-        return change(args, output)
-
-    stack.callback(place.module.register_forward_hook(hook).remove)
-    return ran
-
-
-def _changed_operand(stack: ExitStack, place: Read) -> list[bool]:
-    """Let an addition get zeros for an operand while the stack is open; the list grows with each changed addition."""
-    ran: list[bool] = []
-
-    def zeros(value: Tensor) -> Tensor:
-        ran.append(True)
-        return value.new_zeros(value.shape)
-
-    reader = SumReader({sum_place(place): zeros})
-    stack.enter_context(reader.following(place.module))
-    stack.enter_context(reader)
-    return ran
-
-
-def _zeros(_: Any, output: Any) -> Any:
-    """Return the output with zeros for its first tensor, which is what a branch adds (attention may return weights too)."""
-    if isinstance(output, tuple | list) and output:
-        entries = [_zeros(None, output[0]), *output[1:]]
-        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)  # a named tuple
-    if not isinstance(output, Tensor):
-        raise ValueError(f"Expected a branch that returns a tensor, received {type(output).__name__}.")
-    return output.new_zeros(output.shape)
-
-
-def _check_ran(calls: Mapping[str, Sequence[bool]]) -> None:
-    for name, ran in calls.items():
-        if not ran:
-            raise ValueError(
-                f"Expected the branch of unit {name!r} to run in the forward pass, received a model that does not call its "
-                "modules: pass units=[...] without it."
-            )
+        check_ran({unit.name: ran})
 
 
 @contextmanager

@@ -23,8 +23,9 @@ def taps(model: nn.Module, images: Tensor | None = None) -> list[Tap]:
     """The taps of a model from the stem to the last block, found by module type.
 
     One after the stem (with position embeddings), one after each residual addition (attention and MLP
-    halves apart: in a pre-norm block the map after the attention is ``norm2``'s input), one after each
-    pooling layer between stages. The head is left out, as in the paper's figures.
+    halves apart: in a pre-norm block the map after the attention is ``norm2``'s input, in a post-norm block
+    what the next half adds to, the output of the norm behind the addition), one after each pooling layer
+    between stages. The head is left out, as in the paper's figures.
 
     A warning names attention that the model has outside of its known units, after which no map is read.
 

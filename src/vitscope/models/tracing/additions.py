@@ -31,6 +31,8 @@ _PASSING = frozenset({
     "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__getitem__", "cat", "concat",
     "amax", "max", "roll", "max_pool1d", "avg_pool1d", "interpolate", "add", "__add__",
 })  # fmt: skip
+#: functions that give a multiple of a value where it is the only one that they take, as a value plus itself
+_MULTIPLES = frozenset({"mul", "__mul__", "__rmul__", "div", "__truediv__", "add", "__add__", "__radd__"})
 ACTIVATIONS = frozenset({
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "elu", "leaky_relu", "leaky_relu_", "mish", "hardswish", "hardtanh",
     "prelu", "sigmoid", "tanh", "clamp", "clamp_", "softplus",
@@ -244,8 +246,8 @@ def _is_bridge(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool
             if index == outer.source:
                 return True
             node = trace.nodes[index]
-            sources = [i for i in node.inputs if trace.nodes[i].varying]
-            if node.op not in IDENTITIES or len(sources) != 1:
+            sources = list({i for i in node.inputs if trace.nodes[i].varying})
+            if not (node.op in IDENTITIES or node.op in _MULTIPLES) or len(sources) != 1:
                 break
             index = sources[0]
     return False

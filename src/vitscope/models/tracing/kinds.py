@@ -73,7 +73,7 @@ def doubt_about(trace: Trace, region: Collection[int]) -> str | None:
     sums = [node for node in nodes if "?" in (_sums_products(trace, node) or ())]
     if not has_kernel and not all(_has_positions(trace, node) for node in sums):
         return "sums products of activations over an axis that is not known, as state-space models do"
-    if not has_kernel and _steps_with_products(trace, nodes):
+    if not has_kernel and (_steps_with_products(trace, nodes) or any(_scans(trace, node) for node in nodes)):
         return "runs from position to position with products of activations, as RWKV and linear attention do"
     return None
 
@@ -139,7 +139,7 @@ def holds_mlp(trace: Trace, region: Collection[int]) -> bool:
     A gate of the attention's result is none.
     """
     attention = [i for i in region if trace.nodes[i].attention or weighs_positions(trace, trace.nodes[i])]
-    after = {i for i in region if any(trace.is_ancestor(k, i) for k in attention)}
+    after = {i for i in region if i in attention or any(trace.is_ancestor(k, i) for k in attention)}
     before = {i for i in region if any(trace.is_ancestor(i, k) for k in attention)}
     behind: dict[
         int, tuple[bool, bool]
@@ -175,7 +175,7 @@ def is_attention(node: Node) -> bool:
 def weighs_positions(trace: Trace, node: Node) -> bool:
     """Whether a sum over positions weighs them by activations; over an axis that is not known, by a softmax."""
     axes = _sums_products(trace, node)
-    if axes is None or axes == {"C"}:
+    if axes is None or axes == {"C"} or _scans(trace, node):
         return False
     weighed = any(trace.nodes[i].weighed for i in node.inputs)
     return bool(axes & set("LHW")) or (weighed and not _has_positions(trace, node))
@@ -191,14 +191,31 @@ def _has_positions(trace: Trace, node: Node) -> bool:
 
 def _sums_products(trace: Trace, node: Node) -> set[str] | None:
     """Return the meanings of the axes over which products of activations are summed; None for another function."""
-    if node.op not in ("sum", "cumsum") or not node.varying:
+    product, factors = _summed_product(trace, node)
+    if product is None:
         return None
-    for i in node.inputs:
-        product = trace.nodes[i]
-        factors = [trace.nodes[k] for k in set(product.inputs) if trace.nodes[k].varying]
-        if product.op in _PRODUCTS and len(factors) > 1:
-            return {name for d in node.dims for name in _meanings(product, factors, d - len(product.shape))}
-    return None
+    return {name for d in node.dims for name in _meanings(product, factors, d - len(product.shape))}
+
+
+def _summed_product(trace: Trace, node: Node) -> tuple[Node | None, list[Node]]:
+    """Return the product of activations that a function sums over an axis, and its factors; None for another function."""
+    if node.op in ("sum", "cumsum") and node.varying:
+        for product in (trace.nodes[i] for i in node.inputs):
+            factors = [trace.nodes[k] for k in set(product.inputs) if trace.nodes[k].varying]
+            if product.op in _PRODUCTS and len(factors) > 1:
+                return product, factors
+    return None, []
+
+
+def _scans(trace: Trace, node: Node) -> bool:
+    """Whether a function computes the states of a recurrence with activations as factors, one channel apart from the others.
+
+    The running sum of outer products of keys and values is causal attention and none.
+    """
+    if node.op in ("cumprod", "logcumsumexp"):
+        return node.varying
+    product, factors = _summed_product(trace, node)
+    return node.op == "cumsum" and product is not None and all(n.shape == product.shape for n in factors)
 
 
 def _meanings(product: Node, factors: Sequence[Node], axis: int) -> set[str]:

@@ -92,7 +92,10 @@ def read_stream(trace: Trace, addition: Addition) -> Read | None:
 
 
 def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | None:
-    """Return where the map after an addition can be read: the output of its block, also behind its activation or norm."""
+    """Return where the map after an addition can be read: the output of its block, also behind its activation or norm.
+
+    Inside a block it is read behind a norm too, where the next unit adds to the norm's result.
+    """
     stack = trace.nodes[result].stack
     block = trace.calls[stack[-1]]
     axes = trace.nodes[result].axes
@@ -101,6 +104,10 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
         return _read(
             trace, block, "output", out.axes if out.axes.layout or out.shape != trace.nodes[result].shape else axes
         )
+    norm = _norm_of_stream(trace, result)
+    if norm is not None:
+        normalized_axes = trace.nodes[norm.output].axes
+        return _read(trace, norm, "output", normalized_axes if normalized_axes.layout else axes)
     taking = [c for c in trace.calls if c.first_input == result and c.index]
     if taking:
         return _read(trace, taking[0], "input", axes)
@@ -116,6 +123,18 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
             if c.index and c.output == user:
                 return _read(trace, c, "output", layout_axes)
     return _read_running(trace, result, axes) if trace.nodes[result].op in ADDITIONS else None
+
+
+def _norm_of_stream(trace: Trace, result: int) -> Call | None:
+    """Return the call of a norm that alone reads a sum, and to whose result a later unit adds, as in post-norm transformers."""
+    for call in trace.calls:
+        reads_all = call.first_input == result and all(call.start <= i < call.end for i in trace.consumers[result])
+        if not (reads_all and is_norm_module(call.module) and call.output > result):
+            continue
+        values = _forward(trace, call.output, len(trace.nodes), lambda op: op in IDENTITIES)
+        if any(trace.nodes[user].op in ADDITIONS for i in values for user in trace.consumers[i]):
+            return call
+    return None
 
 
 def _read_running(trace: Trace, result: int, axes: Axes) -> Read:

@@ -1,0 +1,1 @@
+"""Checks of what derivatives and parts of a batch take for granted."""

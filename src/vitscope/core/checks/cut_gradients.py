@@ -1,0 +1,96 @@
+"""Search for ways from the weights to the loss that autograd does not see, as through ``detach()`` or ``no_grad``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.guard.pass_comparison import output_tensors
+from vitscope.core.objective import Objective
+
+#: changes of the loss, as shares of it, over which its slope is measured
+_CHANGES = (1e-2, 1e-3)
+#: largest difference of slopes that finite steps and rounding to float32 explain
+_LARGEST_GAP = 2e-3
+
+
+class CutValues(TorchFunctionMode):
+    """Note the modules in which values that have a gradient are used without it, until the context is left.
+
+    Args:
+        model: The network that runs inside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names: dict[str, None] = {}
+        self._running: list[str] = []
+        self._hooks = ExitStack()
+        for path, module in model.named_modules():
+            name = path or type(model).__name__
+            # hooks of others, which read what a module returns, are no part of it
+            enter = module.register_forward_pre_hook(lambda _, __, name=name: self._running.append(name))
+            leave = module.register_forward_hook(
+                lambda *_: (self._running.pop(), None)[1], prepend=True, always_call=True
+            )
+            self._hooks.callback(enter.remove)
+            self._hooks.callback(leave.remove)
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.close()
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
+        is_cut = name in ("detach", "detach_") or attribute == "data" or not (attribute or torch.is_grad_enabled())
+        if self._running and is_cut and any(t.requires_grad for t in output_tensors((args, kwargs or {}))):
+            self.names[self._running[-1]] = None
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, gradient: Tensor) -> float:
+    """Return how much the loss's slope along its gradient differs from the gradient's length, as a share of the larger one.
+
+    The slope is a central difference. It is zero up to errors of the step where the gradient is that of the loss. The weights are
+    given back as they were.
+
+    Args:
+        model: Inside a guard, in eval mode.
+        x: Images (B, C, H, W), or the inputs of a batch.
+        y: Their targets.
+        objective: Its data term is differentiated.
+        gradient: Of the data term with respect to all parameters that require gradients, as one vector.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    length = float(gradient.double().norm())
+    loss = abs(float(objective.data_loss(model(x), y)))
+    if not (0 < length < float("inf") and 0 < loss < float("inf")):
+        return 0.0
+    original_values = [p.detach().clone() for p in parameters]
+    parts = gradient.split([p.numel() for p in parameters])
+    gaps = []
+    try:
+        for change in _CHANGES:
+            step, losses = change * loss / length, []
+            for sign in (1, -1):
+                for p, value, part in zip(parameters, original_values, parts):
+                    p.copy_(value.add(part.view_as(p), alpha=sign * step / length))
+                losses.append(float(objective.data_loss(model(x), y)))
+            slope = (losses[0] - losses[1]) / (2 * step)
+            gaps.append(abs(slope - length) / max(abs(slope), length))
+    finally:
+        for p, value in zip(parameters, original_values):
+            p.copy_(value)
+    return min(gaps)
+
+
+def is_large_gap(gap: float) -> bool:
+    """Whether slopes differ by more than finite steps explain."""
+    return gap > _LARGEST_GAP

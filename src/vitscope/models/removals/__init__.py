@@ -1,0 +1,1 @@
+"""Changes of a forward pass by which units and heads are removed."""
