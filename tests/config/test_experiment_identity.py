@@ -82,6 +82,15 @@ def test_what_most_share_goes_without_saying() -> None:
     }
 
 
+def test_a_training_of_steps_is_called_by_its_steps() -> None:
+    steps = {"trainer__max_steps": 469, "trainer__max_epochs": -1}
+    named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate([{}, {}, steps])})
+    assert named["2"] == "vit-tiny, max_steps 469"
+    both = {"trainer__max_steps": 469, "trainer__max_epochs": 2}
+    named = labels({str(i): configuration("vit", 0, **change) for i, change in enumerate([{}, {}, both])})
+    assert named["2"] == "vit-tiny, max_epochs 2, max_steps 469"
+
+
 def test_an_objective_of_the_package_is_called_by_its_name() -> None:
     stated = {
         name: OmegaConf.to_container(OmegaConf.load(loading.folder() / "objective" / f"{name}.yaml"))

@@ -282,6 +282,8 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         usual = {key: _usual(key, facts) for key in varying}
         for run_key, fact in zip(digests, facts):
             varying_keys = [key for key in varying if digest(fact.get(key)) != usual[key]]
+            if "trainer.max_steps" in varying_keys and fact.get("trainer.max_epochs") in (-1, None):
+                varying_keys = [key for key in varying_keys if key != "trainer.max_epochs"]  # no limit in epochs
             words = [_word(key, fact.get(key)) for key in varying_keys[:MOST_KEYS]]
             labels[run_key] = ", ".join([name, *words])
     counts: dict[str, int] = {}
