@@ -9,6 +9,7 @@ from scipy.special import erf
 from torch import nn
 
 import vitscope as vs
+from vitscope.linalg.curvature import microbatch
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, start_along, warm_start
 from vitscope.linalg.eigensolver import extreme_eigenvalues
 from vitscope.linalg.lanczos import Lanczos
@@ -202,10 +203,13 @@ class ScaledRows(nn.Linear):
         return nn.functional.linear(x, ConstantNorm.apply(self.weight), self.bias)
 
 
-def test_eigenvalues_of_a_matrix_that_is_not_symmetric_are_not_called_converged():
+def test_eigenvalues_of_a_matrix_that_is_not_symmetric_are_not_called_converged(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), ScaledRows(12, 6), nn.Tanh(), nn.Linear(6, 4)).double()
     batch = (torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.randint(0, 4, (8,)))
+    with pytest.raises(ValueError, match="differentiated twice"):
+        vs.hessian_eigenvalues(vs.Probe(model, [batch]), k=1, tol=1e-6)
+    monkeypatch.setattr(microbatch, "refuse_wrong_functions", lambda *_, **__: None)
     with pytest.warns(UserWarning, match="not symmetric"):
         found = vs.hessian_eigenvalues(vs.Probe(model, [batch]), k=1, tol=1e-6)
     assert not found.converged.any()

@@ -56,6 +56,6 @@ def test_the_module_that_cuts_a_value_off_is_named(layer: type[nn.Linear], dtype
     assert all(torch.equal(t, before[name]) for name, t in measured.model.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_constants_without_an_effect_are_not_told(dtype: torch.dtype) -> None:
     vs.hessian_trace(probe(Centered, dtype), n_vectors=1)

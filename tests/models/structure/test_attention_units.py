@@ -275,6 +275,20 @@ def test_a_softmax_over_queries_is_no_mean_of_values(output: Callable[[Tensor, T
     assert reasons == {"attn": "the softmax runs over other positions than those whose values are summed"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softmax_in_another_type_than_its_network_is_read(dtype: torch.dtype) -> None:
+    """As in transformers, whose softmax is in float32 whatever the type of the network."""
+
+    class Coarse(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(x)
+            weights = (q @ k.mT).softmax(-1, dtype=dtype).to(v.dtype)
+            return self.proj((weights @ v).transpose(1, 2).reshape(x.shape))
+
+    found, reasons = attention_units(built(Coarse()), batch()[0])
+    assert (len(found), reasons) == (1, {})
+
+
 def test_rows_of_queries_on_an_axis_of_their_own_are_one_global_attention() -> None:
     class Rows(Attention):
         def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from vitscope.core.objective import Objective
 
 #: changes of the loss, as shares of it, over which its slope is measured
 _CHANGES = (1e-2, 1e-3)
+#: largest step as a share of the weights' length: behind it the loss is another one, as with a gradient of rounding
+_LONGEST_STEP = 1e-2
 #: largest difference of slopes that finite steps and rounding to float32 explain
 _LARGEST_GAP = 2e-3
 
@@ -35,11 +37,13 @@ class CutValues(TorchFunctionMode):
             name = path or type(model).__name__
             # hooks of others, which read what a module returns, are no part of it
             enter = module.register_forward_pre_hook(lambda _, __, name=name: self._running.append(name))
-            leave = module.register_forward_hook(
-                lambda *_: (self._running.pop(), None)[1], prepend=True, always_call=True
-            )
+            leave = module.register_forward_hook(lambda *_: self._leave(), prepend=True, always_call=True)
             self._hooks.callback(enter.remove)
             self._hooks.callback(leave.remove)
+
+    def _leave(self) -> None:
+        if self._running:  # not where a hook before ours raised an error
+            self._running.pop()
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.close()
@@ -58,8 +62,8 @@ class CutValues(TorchFunctionMode):
 def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, gradient: Tensor) -> float:
     """Return how much the loss's slope along its gradient differs from the gradient's length, as a share of the larger one.
 
-    The slope is a central difference. It is zero up to errors of the step where the gradient is that of the loss. The weights are
-    given back as they were.
+    The slope is a central difference. The gap is zero up to errors of the step where the gradient is that of the loss, and zero
+    where no slope can be told: in half precision, and where the loss changes too little. The weights are given back as they were.
 
     Args:
         model: Inside a guard, in eval mode.
@@ -70,15 +74,21 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     length = float(gradient.double().norm())
-    loss = abs(float(objective.data_loss(model(x), y)))
-    if not (0 < length < float("inf") and 0 < loss < float("inf")):
+    output = model(x)
+    loss = abs(float(objective.data_loss(output, y)))
+    tensors = [*parameters, *output_tensors(output)]
+    is_coarse = any(t.is_floating_point() and torch.finfo(t.dtype).bits < 32 for t in tensors)
+    if is_coarse or not (0 < length < float("inf") and 0 < loss < float("inf")):
         return 0.0
+    longest_step = _LONGEST_STEP * float(torch.stack([p.double().norm() for p in parameters]).norm())
     original_values = [p.detach().clone() for p in parameters]
     parts = gradient.split([p.numel() for p in parameters])
     gaps = []
     try:
         for change in _CHANGES:
             step, losses = change * loss / length, []
+            if step > longest_step:
+                continue
             for sign in (1, -1):
                 for p, value, part in zip(parameters, original_values, parts):
                     p.copy_(value.add(part.view_as(p), alpha=sign * step / length))
@@ -88,7 +98,7 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
     finally:
         for p, value in zip(parameters, original_values):
             p.copy_(value)
-    return min(gaps)
+    return min(gaps, default=0.0)
 
 
 def is_large_gap(gap: float) -> bool:

@@ -159,7 +159,8 @@ class AttentionMode(TorchFunctionMode):
         self.used[weights] = True
         is_transposed = self.over_queries[weights]
         oriented = weights.transpose(-2, -1) if is_transposed else weights
-        is_mean = _sums_to_one(operands[position], _summed_axes(name, args, position, operands[position].ndim))
+        axes = _summed_axes(name, args, position, operands[position].ndim)
+        is_mean = _sums_to_one(operands[position], axes, weights.dtype)
         self.fn(
             AttentionCall(
                 (lambda: _at_least_single(oriented)) if is_mean else _unread_means,
@@ -276,13 +277,20 @@ def _summed_axes(name: str, args: Any, position: int, n_axes: int) -> list[int]:
     return [axis for axis, label in enumerate(labels) if label not in output] if len(labels) == n_axes else []
 
 
-def _sums_to_one(weights: Tensor, axes: Sequence[int]) -> bool:
-    """Whether the weights of the first image sum to one over the axes of a product, so that the product is a mean of values."""
+def _sums_to_one(weights: Tensor, axes: Sequence[int], softmax_dtype: torch.dtype) -> bool:
+    """Whether the weights of the first image sum to one over the axes of a product, so that the product is a mean of values.
+
+    Args:
+        weights: An operand of the product.
+        axes: Its axes that the product sums over.
+        softmax_dtype: Type that the softmax was rounded to, which may be coarser or finer than that of the operand.
+    """
     if not axes or weights.is_meta or weights.ndim < 3:
         return True
     rows = (weights[:1] if 0 not in axes else weights).detach()
     sums = rows.sum(dim=list(axes), dtype=torch.float64)
-    return bool(((sums - 1).abs() <= _MEAN_ERROR * torch.finfo(weights.dtype).eps).logical_or(sums.isnan()).all())
+    eps = max(torch.finfo(dtype).eps for dtype in (weights.dtype, softmax_dtype))
+    return bool(((sums - 1).abs() <= _MEAN_ERROR * eps).logical_or(sums.isnan()).all())
 
 
 def _unread_means() -> Tensor:
