@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.pass_comparison import output_tensors
 from vitscope.core.objective import Objective
+from vitscope.core.sharding.sharded_parameters import LocalShard
 
 #: changes of the loss, as shares of it, over which its slope is measured
 _CHANGES = (1e-2, 1e-3)
@@ -63,7 +64,8 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
     """Return how much the loss's slope along its gradient differs from the gradient's length, as a share of the larger one.
 
     The slope is a central difference. The gap is zero up to errors of the step where the gradient is that of the loss, and zero
-    where no slope can be told: in half precision, and where the loss changes too little. The weights are given back as they were.
+    where no slope can be told: in half precision, with weights in shards over ranks, and where the loss changes too little. The
+    weights are given back as they were.
 
     Args:
         model: Inside a guard, in eval mode.
@@ -73,6 +75,8 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
         gradient: Of the data term with respect to all parameters that require gradients, as one vector.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if any(isinstance(p, LocalShard) for p in model.parameters()):
+        return 0.0  # a forward pass is a matter of all ranks, and steps differ among them
     length = float(gradient.double().norm())
     output = model(x)
     loss = abs(float(objective.data_loss(output, y)))
