@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.substituted_call import substituted_call
+from vitscope.core.sharding.sharded_parameters import LocalShard
 from vitscope.linalg.differences.kinks import kinked_functions
 from vitscope.linalg.differences.second_derivative_errors import not_twice_differentiable
 from vitscope.runtime.torch_internals import foreign_functions
@@ -24,6 +25,8 @@ _STEPS = {torch.float64: (1e-3, 1e-5), torch.float32: (1e-2, 1e-3)}
 _LARGEST_GAP = 0.02
 #: classes that need no further check
 _checked_functions: MutableMapping[type, bool] = WeakKeyDictionary()
+#: classes that cannot be checked, by network; in another network they are checked
+_unchecked_functions: MutableMapping[nn.Module, set[type]] = WeakKeyDictionary()
 
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -39,7 +42,8 @@ def refuse_wrong_functions(
     """Compare a product with differences of gradients where the graph holds functions of the network's own, once for each class.
 
     A backward pass that takes what it has saved for constants has right first derivatives and wrong second ones, without an
-    error of autograd. In float32 a network with kinks is not compared: its gradients jump.
+    error of autograd. In float32 a network with kinks is not compared: its gradients jump. In half precision, whose rounding
+    hides the difference, and with weights in shards nothing is compared either.
 
     Args:
         model: The network, inside a guard.
@@ -52,20 +56,31 @@ def refuse_wrong_functions(
     Raises:
         NotTwiceDifferentiableError: They differ.
     """
-    unchecked = foreign_functions(loss) - set(_checked_functions)
+    unchecked = foreign_functions(loss) - set(_checked_functions) - _unchecked_functions.get(model, set())
     if not unchecked:
         return
     names = ", ".join(sorted(f"{c.__module__}.{c.__qualname__}" for c in unchecked))
-    if loss.dtype != torch.float64 and (kinks := kinked_functions(model, x[:2])):
-        _logger.warning("second derivatives through %s are not checked: the network has kinks (%s)", names, kinks[0])
-    else:
-        gap = _gap(model, parameters, x, loss_of, product)
-        if gap > _LARGEST_GAP:
-            raise not_twice_differentiable(
-                f"second derivatives through {names} differ by {gap:.0%} from differences of gradients, as of a backward pass "
-                "that takes saved values for constants"
-            )
+    if reason := _hindrance(model, parameters, x, loss):
+        _logger.warning("second derivatives through %s are not checked: %s", names, reason)
+        _unchecked_functions.setdefault(model, set()).update(unchecked)
+        return
+    gap = _gap(model, parameters, x, loss_of, product)
+    if gap > _LARGEST_GAP:
+        raise not_twice_differentiable(
+            f"second derivatives through {names} differ by {gap:.0%} from differences of gradients, as of a backward pass "
+            "that takes saved values for constants"
+        )
     _checked_functions.update(dict.fromkeys(unchecked, True))
+
+
+def _hindrance(model: nn.Module, parameters: dict[str, Tensor], x: Inputs, loss: Tensor) -> str:
+    """Return why differences of gradients show nothing; an empty text where they do."""
+    if any(p.dtype not in _STEPS for p in parameters.values()):
+        return "half precision"
+    if any(isinstance(p, LocalShard) for p in parameters.values()):
+        return "weights in shards over ranks"
+    kinks = kinked_functions(model, x[:2]) if loss.dtype != torch.float64 else ()
+    return f"the network has kinks ({kinks[0]})" if kinks else ""
 
 
 def _gap(
@@ -92,7 +107,7 @@ def _gap(
         return list(torch.autograd.grad(moved_loss, list(point.values()), materialize_grads=True))
 
     gaps = []
-    for share in _STEPS.get(values[0].dtype, _STEPS[torch.float32]):
+    for share in _STEPS[values[0].dtype]:
         step = share * max(_length(values), 1e-3)
         slopes = [(a - b) / (2 * step) for a, b in zip(gradient(step), gradient(-step))]
         size = max(_length(slopes), _length(exact))
