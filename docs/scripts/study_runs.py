@@ -9,7 +9,7 @@ from typing import Any
 from vitscope.config import experiment_identity
 from vitscope.reports import run_index
 from vitscope.reports.run_entry import END, Entry
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 #: names in figures of the families that are drawn
 NAMES = {"convnet": "ConvNet", "vit": "ViT", "pit": "PiT", "swin": "Swin", "alternet": "AlterNet"}
@@ -17,7 +17,7 @@ NAMES = {"convnet": "ConvNet", "vit": "ViT", "pit": "PiT", "swin": "Swin", "alte
 
 def finished_runs(folder: Path) -> list[Entry]:
     """Return the finished trainings below a folder; damaged ones and those that a later run repeats are left out."""
-    entries = run_index.collect(run_dir.every(folder), damaged=[])
+    entries = run_index.collect(run_search.every(folder), damaged=[])
     return [e for e in entries if e.trained and e.status == "finished" and not e.superseded]
 
 

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.cli import exit_codes, runs
 from vitscope.reports import run_index
-from vitscope.runs import run_dir, run_lock
+from vitscope.runs import run_lock, run_search
 from vitscope.runs.run_dir import Run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -186,7 +186,7 @@ def test_an_exported_folder_is_read_as_runs(command: Command, three: list[Run], 
     rows = list(csv.DictReader((bundle / "runs.csv").read_text().splitlines()))
     assert [(row["id"], row["test/accuracy"]) for row in rows] == [("vit-run", "0.9"), ("pit-run", "0.2")]
     originals = {entry.id: entry for entry in run_index.collect(three[:2])}
-    for entry in run_index.collect(run_dir.every(bundle)):
+    for entry in run_index.collect(run_search.every(bundle)):
         original = originals.pop(entry.id)
         assert (entry.config, entry.facts, entry.metrics) == (original.config, original.facts, original.metrics)
         assert [m.scalars for m in entry.results] == [m.scalars for m in original.results]

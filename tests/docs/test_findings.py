@@ -18,7 +18,7 @@ from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
 from vitscope.reports.exports import study_export
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 
 def write_study(root: Path, n_seeds: int) -> Path:
@@ -34,7 +34,7 @@ def write_study(root: Path, n_seeds: int) -> Path:
                 metrics={"test/accuracy": (0.5, 0.6, 0.4)[i] + noise[7 - i]},
             )  # fmt: skip
         write_run(root / "runs", "alternet", seed, measured={"sharpness": rise(0.1)})
-    entries = run_index.collect(run_dir.every(root / "runs"))
+    entries = run_index.collect(run_search.every(root / "runs"))
     study_export.write(root / "study", "smoke", {write_findings.TARGET: entries})
     return root / "study"
 

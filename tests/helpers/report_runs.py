@@ -21,7 +21,7 @@ from vitscope.reports.claims.effect_sizes import ReportRuns
 from vitscope.reports.model_costs import Cost, Costs
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import result_store, run_dir
+from vitscope.runs import result_store, run_search
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 
@@ -177,4 +177,4 @@ class Given(Costs):
 
 
 def bench(root: Path) -> ReportRuns:
-    return ReportRuns(Selection(run_index.collect(run_dir.every(root / "runs"))), Given())
+    return ReportRuns(Selection(run_index.collect(run_search.every(root / "runs"))), Given())

@@ -15,7 +15,7 @@ import yaml
 from tests.helpers.report_runs import curve, spectrum, write_run
 from vitscope.cli import exit_codes, report
 from vitscope.reports import run_index
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.run_dir import Run
 
 CONFIG, FACTS, ROWS = "config.yaml", "provenance.json", "metrics.jsonl"
@@ -175,5 +175,5 @@ def test_a_damaged_array_costs_its_figure(
 
 
 def test_a_train_does_not_stumble_over_them(damaged: dict[str, Run], tmp_path: Path) -> None:
-    assert run_dir.finished(tmp_path / "runs", "0" * 16) is None
-    assert run_dir.unfinished(tmp_path / "runs", "0" * 16) is None
+    assert run_search.finished(tmp_path / "runs", "0" * 16) is None
+    assert run_search.unfinished(tmp_path / "runs", "0" * 16) is None

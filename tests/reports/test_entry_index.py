@@ -12,8 +12,9 @@ import pytest
 from tests.helpers.report_runs import curve, evaluation, spectrum, write_run
 from vitscope.reports import entry_index, run_index
 from vitscope.reports.run_entry import Entry
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.metrics_log import Journal
+from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
 
 
@@ -30,17 +31,17 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def from_files(root: Path) -> tuple[list[Entry], list[str]]:
     damaged: list[run_index.Damage] = []
-    return run_index.collect(run_dir.every(root), damaged), list(map(str, damaged))
+    return run_index.collect(run_search.every(root), damaged), list(map(str, damaged))
 
 
 def indexed(root: Path) -> tuple[list[Entry], list[str]]:
     damaged: list[run_index.Damage] = []
-    return run_index.collect(run_dir.every(root), damaged, root), list(map(str, damaged))
+    return run_index.collect(run_search.every(root), damaged, root), list(map(str, damaged))
 
 
 def n_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return how many runs are read from their files with the index."""
-    read: list[run_dir.Run] = []
+    read: list[Run] = []
     original = run_index.read_entry
     with monkeypatch.context() as patch:
         patch.setattr(run_index, "read_entry", lambda run, **options: (read.append(run), original(run, **options))[1])
@@ -164,7 +165,7 @@ def test_a_damaged_index_costs_time_and_changes_no_number(
 
 def test_of_two_writers_one_wins_and_both_indexes_are_right(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = from_files(root)
-    runs = run_dir.every(root)
+    runs = run_search.every(root)
     first, second = entry_index.EntryIndex(root), entry_index.EntryIndex(root)
     for index, own_runs in ((first, runs[:2]), (second, runs[2:])):
         index.begin()

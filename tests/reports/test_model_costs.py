@@ -12,7 +12,7 @@ from tests.helpers.report_runs import configuration
 from vitscope.config import factories, instantiate, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.model_costs import Cost, Costs, count
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 
 class Attention(nn.Module):
@@ -68,6 +68,6 @@ def test_a_report_reads_costs_from_provenance(
     monkeypatch.setattr(factories, "model", built)
     monkeypatch.setattr(instantiate, "instantiate", built)
     make_run("vit", facts={"model": noted}, model___target_="vitscope.models.timm_model", model__name="local-dir:x")
-    (entry,) = run_index.collect(run_dir.every(tmp_path / "runs"))
+    (entry,) = run_index.collect(run_search.every(tmp_path / "runs"))
     assert Costs().of(entry) == cost
     assert entry.kin == "local-dir:x"

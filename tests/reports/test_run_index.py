@@ -11,7 +11,7 @@ from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum
 from vitscope.core.objective_card import check_comparable
 from vitscope.reports import run_entry, run_files, run_index
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
 
@@ -19,7 +19,7 @@ SPECTRUM, NEP = "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proporti
 
 
 def collect(root: Path) -> list[run_entry.Entry]:
-    return run_index.collect(run_dir.every(root / "runs"))
+    return run_index.collect(run_search.every(root / "runs"))
 
 
 def test_what_a_run_left_behind_is_read(make_run: Callable, tmp_path: Path) -> None:

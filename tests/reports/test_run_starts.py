@@ -14,7 +14,7 @@ from vitscope.config import experiment_identity
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.exports import study_export
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.metrics_log import Journal
 
 TUNED: Mapping[str, Any] = {
@@ -24,7 +24,7 @@ LONGER: Mapping[str, Any] = {"changes": [{"step": 9, "key": "trainer.max_epochs"
 
 
 def by_name(root: Path) -> dict[str, run_entry.Entry]:
-    return {entry.id: entry for entry in run_index.collect(run_dir.every(root / "runs"))}
+    return {entry.id: entry for entry in run_index.collect(run_search.every(root / "runs"))}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,6 @@ def test_a_training_from_initial_weights_is_not_replaced_by_another(
     make_run: Callable, tmp_path: Path, facts: Mapping[str, Any]
 ) -> None:
     make_run("vit", 0, name="plain", facts={"config_hash": "0123456789abcdef"})
-    assert run_dir.finished(tmp_path / "runs", "0123456789abcdef") is not None
+    assert run_search.finished(tmp_path / "runs", "0123456789abcdef") is not None
     make_run("vit", 0, name="other", facts={"config_hash": "fedcba9876543210", **facts})
-    assert run_dir.finished(tmp_path / "runs", "fedcba9876543210") is None
+    assert run_search.finished(tmp_path / "runs", "fedcba9876543210") is None

@@ -17,7 +17,7 @@ from vitscope.reproduce.cost_estimates import Rates, estimate
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, TRAIN
 from vitscope.reproduce.trial import composed, perform
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run
 
@@ -129,7 +129,7 @@ def test_a_figure_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(reproduction, "read", lambda path=None: plan)
     for _ in range(2):
         reproduce.reproduce(Request(["fig2"], runs=tmp_path / "runs", out=tmp_path / "figures"))
-    assert len(run_dir.every(tmp_path / "runs")) == 1
+    assert len(run_search.every(tmp_path / "runs")) == 1
     folders = {path.name for path in (tmp_path / "runs" / "jobs").iterdir() if path.is_dir()}
     assert folders - {"leases"} == {path.parent.name for path in (tmp_path / "runs" / "jobs").glob("*/outcome.json")}
     assert not list((tmp_path / "runs").rglob("run.lock"))  # leases and runs are given back

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope.runs import run_dir, run_lock
+from vitscope.runs import run_dir, run_lock, run_search
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
 
@@ -22,7 +22,7 @@ def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path) -> None:
         made = list(pool.map(lambda _: run_dir.create(cfg(tmp_path), "train"), range(16)))
     assert len({run.path for run in made}) == 16
     assert all(re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run.id) for run in made)
-    assert [run.id for run in run_dir.every(tmp_path / "runs")] == sorted(run.id for run in made)
+    assert [run.id for run in run_search.every(tmp_path / "runs")] == sorted(run.id for run in made)
 
 
 def test_a_name_stands_in_the_id(tmp_path: Path) -> None:
@@ -94,39 +94,3 @@ def test_a_run_is_made_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with run_lock.released_at_end():
         run = run_dir.create(cfg(tmp_path), "train")
     assert run.provenance()["git_commit"] is None
-
-
-def test_the_newest_run_is_the_one_made_last_whatever_its_name(tmp_path: Path) -> None:
-    """Runs of jobs, of sweeps and of ``run_dir=`` come after those named by their time in the order of names."""
-    runs = tmp_path / "runs"
-    with run_lock.released_at_end():
-        old = run_dir.create(cfg(tmp_path, run_dir=str(runs / "sweeps" / "000-a")), "train")
-        new = run_dir.create(cfg(tmp_path), "train")
-    old.note(created="2026-01-31T12:00:00+0000", status="stopped")
-    new.note(status="stopped")
-    for run in (old, new):
-        run.checkpoints.mkdir()
-        (run.checkpoints / "manifest.json").write_text("{}")
-    identity = new.provenance()["config_hash"]
-    assert run_dir.unfinished(runs, identity) == new
-    for run in (old, new):
-        run.note(status="finished")
-    assert run_dir.finished(runs, identity) == new
-    new.note(created="not a date")
-    assert run_dir.finished(runs, identity) == old
-
-
-def test_a_run_from_other_weights_is_not_taken_up_as_a_training_from_initial_ones(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    with run_lock.released_at_end():
-        scratch, fine_tuned = run_dir.create(cfg(tmp_path), "train"), run_dir.create(cfg(tmp_path), "train")
-    fine_tuned.note(started_from={"checkpoint": "pretrained.pt", "step": 0, "weights_only": True})
-    for run in (scratch, fine_tuned):
-        run.note(status="stopped")
-        run.checkpoints.mkdir()
-        (run.checkpoints / "manifest.json").write_text("{}")
-    identity = scratch.provenance()["config_hash"]
-    assert fine_tuned.provenance()["config_hash"] == identity
-    assert run_dir.unfinished(runs, identity) == scratch
-    scratch.note(status="finished")
-    assert run_dir.unfinished(runs, identity) is None

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.helpers.wandb_server import Server
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import sweep_file, trial_process, wandb_agents
 
@@ -68,7 +68,7 @@ def test_two_agents_run_a_sweep(server: Server, tmp_path: Path, capfd: pytest.Ca
     assert len(server.agents) == 2
     assert server.sweeps["sweep0"].state == "FINISHED"
     assert [query for query in server.unknown if "rtifact" not in query] == []  # it keeps no tables
-    (run,) = run_dir.every(folder)
+    (run,) = run_search.every(folder)
     mirrored = server.runs[run.provenance()["wandb_id"]]
     assert (mirrored.sweep, mirrored.group, mirrored.job_type, mirrored.exit_code) == ("sweep0", "rates", "train", 0)
     assert (mirrored.config["optimizer.lr"], mirrored.config["model.depth"]) == (1.0e-3, 1)
@@ -94,7 +94,7 @@ def test_the_first_trial_of_every_file_runs_under_an_agent(
     folder = tmp_path / "sweep"
     code = wandb_agents.run(sweep, wandb_agents.create(sweep), folder, trial_process.slots(None, 1), limit=1)
     assert code == 0, capfd.readouterr().err
-    (run,) = run_dir.every(folder)
+    (run,) = run_search.every(folder)
     assert "recorded as null" not in (folder / "agent-cpu0.log").read_text()
     mirrored = server.runs[run.provenance()["wandb_id"]]
     assert (mirrored.group, mirrored.job_type, mirrored.exit_code) == (file.stem, "train", 0)

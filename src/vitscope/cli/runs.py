@@ -13,7 +13,8 @@ from vitscope.cli import exit_codes
 from vitscope.reports import run_description, run_index, run_listing
 from vitscope.reports.exports import run_bundle
 from vitscope.reports.run_listing import Summary
-from vitscope.runs import run_dir, run_removal
+from vitscope.runs import run_removal, run_search
+from vitscope.runs.run_dir import Run
 from vitscope.runtime import errors, redaction
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 from vitscope.runtime.logging import log_problem
@@ -119,8 +120,8 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     if len(names) > 1:
         raise ConfigError("runs", " ".join(names), "several folders", "name one")
     root = Path(names[0]) if names else _root(options)
-    damaged = [run_index.Damage(path, f"has no {name}") for path, name in run_dir.incomplete(root)]
-    summaries = _summaries(run_dir.every(root), damaged, root)
+    damaged = [run_index.Damage(path, f"has no {name}") for path, name in run_search.incomplete(root)]
+    summaries = _summaries(run_search.every(root), damaged, root)
     if not summaries and not damaged:
         raise DataError(
             "paths.runs", root, "no run there", "train one (vitscope train), or name another folder: runs=<folder>"
@@ -141,7 +142,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         raise DataError("runs", None, reason, "restore or delete them; the list holds the others")
 
 
-def _summaries(runs: Sequence[run_dir.Run], damaged: list[run_index.Damage], root: Path | None = None) -> list[Summary]:
+def _summaries(runs: Sequence[Run], damaged: list[run_index.Damage], root: Path | None = None) -> list[Summary]:
     """Return the summaries of readable runs; the others are added to ``damaged``. ``root`` has an index of all runs below it."""
     summaries = []
     for entry in run_index.collect(runs, damaged, root):
@@ -162,7 +163,7 @@ def _named(names: Sequence[str], options: Mapping[str, str]) -> list[Summary]:
         DataError: One of them is damaged.
     """
     damaged: list[run_index.Damage] = []
-    runs = run_listing.resolve(names, run_dir.every(_root(options)))
+    runs = run_listing.resolve(names, run_search.every(_root(options)))
     summaries = {summary.entry.run: summary for summary in _summaries(runs, damaged)}
     for damage in damaged:
         raise DataError(
@@ -246,7 +247,7 @@ def delete_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     keep = options.get("keep")
     if keep not in (None, "results"):
         raise ConfigError("keep", keep, "no such choice", "write keep=results, or leave it out")
-    runs = run_listing.resolve(names, run_dir.every(_root(options)))
+    runs = run_listing.resolve(names, run_search.every(_root(options)))
     removals = [run_removal.plan(run, keep == "results") for run in runs]
     for removal in removals:
         described = "run folder" if removal.whole else "checkpoints of"

@@ -22,7 +22,7 @@ from vitscope.reports.tables import baselines, factorial_tables, headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.tables.table import Problem, Table
 from vitscope.reports.value_lookup import FAILED, Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_dir, run_search
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.logging import log_problem
@@ -178,16 +178,16 @@ def _folders(cfg: DictConfig, damaged: list[run_index.Damage]) -> list[run_dir.R
         folders = [path for path in cfg.runs if Path(path) not in _saved_files(cfg)]
         return list(dict.fromkeys(run for path in folders for run in _runs_of(Path(path))))
     root = Path(cfg.paths.runs)
-    incomplete = run_dir.incomplete(root)
+    incomplete = run_search.incomplete(root)
     damaged += [run_index.Damage(path, f"has no {name}") for path, name in incomplete]
-    if (run_folders := run_dir.every(root)) or incomplete:
+    if (run_folders := run_search.every(root)) or incomplete:
         return run_folders
     raise DataError("paths.runs", root, "no run there", "train one (python train.py), or name another folder")
 
 
 def _runs_of(path: Path) -> list[run_dir.Run]:
     """Return the run of a folder, or all runs below one that is none, such as an exported bundle."""
-    runs_below = run_dir.every(path) if path.is_dir() and not (path / "config.yaml").is_file() else []
+    runs_below = run_search.every(path) if path.is_dir() and not (path / "config.yaml").is_file() else []
     return runs_below or [run_dir.find(path)]
 
 

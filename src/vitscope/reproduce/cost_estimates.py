@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from vitscope.reproduce import run_kinds
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN, Measurement, PlannedTrial
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
@@ -93,7 +93,7 @@ class Rates:
         self._parameters: dict[str, int] = {}  # model: number of parameters
         self.n_runs = 0
         self.hosts: set[str] = set()  # machines on which those runs were made
-        for path in dict.fromkeys(run.path for folder in folders for run in run_dir.every(folder)):
+        for path in dict.fromkeys(run.path for folder in folders for run in run_search.every(folder)):
             self._read(Run(path))
 
     def training_seconds(self, planned: PlannedTrial) -> float | None:

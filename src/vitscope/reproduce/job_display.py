@@ -17,7 +17,7 @@ from vitscope.reproduce.cost_estimates import last_row
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.planned_work import EXISTS, MEASURE, RESUME, TRAIN
 from vitscope.reproduce.trial_jobs import FOLDER, TrialJob, TrialJobs
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import StorageError
 from vitscope.runtime.live_display import LiveDisplay
@@ -150,7 +150,7 @@ class JobDisplay(LiveDisplay):
         identity, now = job.planned.identity, time.monotonic()
         if identity not in self._runs and now - self._searched.get(identity, -1e9) > 5:
             self._searched[identity] = now
-            for run in run_dir.every(self._root):
+            for run in run_search.every(self._root):
                 try:
                     if run.provenance().get("config_hash") == identity:
                         self._runs[identity] = run

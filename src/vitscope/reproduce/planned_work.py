@@ -13,7 +13,7 @@ from vitscope.config import experiment_identity, hydra_internals, loading
 from vitscope.config.validation import validate
 from vitscope.reproduce.plan import Trial
 from vitscope.reproduce.trial_config import Composer
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import progress
 from vitscope.runtime.errors import StorageError, VitscopeError
@@ -74,13 +74,13 @@ class StoredRuns:
         self.finished: dict[str, Run] = {}
         self.unfinished: dict[str, Run] = {}
         self._configs: dict[Path, DictConfig] = {}
-        for run in run_dir.oldest_first(run_dir.every(root)):
+        for run in run_search.oldest_first(run_search.every(root)):
             try:
                 facts = run.provenance()
             except StorageError:  # a damaged folder is no run to go on with
                 continue
             is_finished = facts.get("status") == "finished"
-            if is_finished and not run_dir.is_finished_training(run):
+            if is_finished and not run_search.is_finished_training(run):
                 continue  # a training from other weights or of another length at first, of the same configuration
             runs = self.finished if is_finished else self.unfinished
             if isinstance(identity := facts.get("config_hash"), str):

@@ -21,7 +21,7 @@ from vitscope.reports.value_lookup import undefined_reason
 from vitscope.reproduce import cost_estimates, run_kinds
 from vitscope.reproduce.plan import Outcome, Trial
 from vitscope.reproduce.trial_config import composed as composed
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_manifest, checkpoint_weights
 from vitscope.runs.run_dir import Run
 from vitscope.runtime.errors import CheckpointError, VitscopeError
@@ -59,7 +59,7 @@ def perform(trial: Trial, root: Path) -> Outcome:
 
 def _trained_run(cfg: DictConfig, trial: Trial, root: Path) -> Run:
     identity = experiment_identity.config_hash(cfg)
-    if (finished_run := run_dir.finished(root, identity)) is not None:
+    if (finished_run := run_search.finished(root, identity)) is not None:
         drop_optimizer_states(finished_run)  # where a kill left it undone
         return finished_run
     if _needs_processes(cfg):
@@ -72,7 +72,7 @@ def _trained_run(cfg: DictConfig, trial: Trial, root: Path) -> Run:
             "ckpt_path=auto",
         ]
         code = subprocess.run([sys.executable, "-m", "vitscope", "train", *overrides], check=False).returncode
-        finished_run = run_dir.finished(root, identity)
+        finished_run = run_search.finished(root, identity)
         if finished_run is None:
             raise CheckpointError("train", None, f"ended with exit code {code}", "see its message above")
         run = finished_run

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from vitscope.config.experiment_identity import RUN_KEYS
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.logging import log_problem
@@ -116,7 +116,7 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
         may_stop: whether the server may stop trials early, so that a stopped one is complete.
     """
     first, finished = 0, 0
-    runs = run_dir.every(folder)
+    runs = run_search.every(folder)
     for run_ in runs:
         outcome = trial_process.outcome(run_.path)
         if outcome.finished or (outcome.status == "stopped" and may_stop):
@@ -143,7 +143,7 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
 
 def _print_changed_states(folder: Path, reported: dict[str, str]) -> None:
     """Print a line for each run whose state has changed."""
-    for run_ in run_dir.every(folder):
+    for run_ in run_search.every(folder):
         outcome = trial_process.outcome(run_.path)
         state = f"{outcome.status}{f' (exit {outcome.exit_code})' if outcome.exit_code else ''}"
         if reported.get(run_.id) != state:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from vitscope.config import experiment_identity
 from vitscope.models import classifier_head
-from vitscope.runs import named_weights, resume_changes, run_dir
+from vitscope.runs import named_weights, resume_changes, run_dir, run_search
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io, checkpoint_schema, checkpoint_weights
 from vitscope.runs.resume_changes import Change
 from vitscope.runs.run_dir import Run
@@ -88,7 +88,7 @@ def forget_start_file(cfg: DictConfig, run: Run) -> None:
 def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
     if run is not None or cfg.ckpt_path not in ("last", "auto"):
         return run
-    run = run_dir.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
+    run = run_search.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
     if run is None and cfg.ckpt_path == "last":
         reason = "no unfinished run of this configuration has a checkpoint"
         raise CheckpointError("ckpt_path", "last", reason, "start afresh without it, or use ckpt_path=auto")

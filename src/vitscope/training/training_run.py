@@ -29,7 +29,7 @@ from vitscope.config import (
 from vitscope.config.dry_run import rehearse
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate, writable
-from vitscope.runs import resume_changes, run_dir, run_end, run_lock
+from vitscope.runs import resume_changes, run_dir, run_end, run_lock, run_search
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.metrics_log import Journal, last_values
 from vitscope.runs.run_dir import Run
@@ -133,7 +133,7 @@ def _find_finished_run(cfg: DictConfig) -> Run | None:
     """Return a finished run of this configuration, where the configuration asks to skip what is finished."""
     if not cfg.skip_finished or cfg.ckpt_path not in (None, "last", "auto"):
         return None
-    return run_dir.finished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
+    return run_search.finished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
 
 
 def _hold_folder(cfg: DictConfig, start: ResumePoint) -> None:

@@ -22,7 +22,7 @@ from vitscope.reports.model_costs import Costs
 from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce import plan
 from vitscope.reproduce.trial import composed
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runs.metrics_log import Journal
 from vitscope.runs.run_dir import Run
 
@@ -91,7 +91,7 @@ def test_no_part_of_a_claim_goes_without(profile: str, tmp_path: Path, monkeypat
         )  # a run that several trials share is trained once
         cfg: Any = loading.plain(composition)
         write(cfg, trial.tags, cfg.pop("analysis"), folder, IMAGES[profile])
-    found = Selection(run_index.collect(run_dir.every(tmp_path)))
+    found = Selection(run_index.collect(run_search.every(tmp_path)))
     lacking = {
         f"{judged.claim.name}: {finding.part.name}": finding.reason
         for judged in claim_verdicts.judge(ReportRuns(found, Costs()))

@@ -19,12 +19,12 @@ from vitscope.reports.claims import factorial_analysis
 from vitscope.reports.figures import factorial_figure
 from vitscope.reports.tables import factorial_tables
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.stats.t_tests import Interval
 
 
 def answer(tmp_path: Path) -> factorial_analysis.FactorialResult:
-    found = factorial_analysis.analyze_factors(Selection(run_index.collect(run_dir.every(tmp_path / "runs"))))
+    found = factorial_analysis.analyze_factors(Selection(run_index.collect(run_search.every(tmp_path / "runs"))))
     assert found is not None
     return found
 
@@ -167,7 +167,7 @@ def test_what_is_saturated_is_said_and_what_is_missing_named(make_run: Callable,
 
 def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit")
-    selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
+    selection = Selection(run_index.collect(run_search.every(tmp_path / "runs")))
     assert factorial_analysis.analyze_factors(selection) is None
     made = factorial_tables.write_factorial_tables(selection, tmp_path)
     assert not made["factors"].rows
@@ -176,7 +176,7 @@ def test_without_the_four_trainings_there_is_no_answer(make_run: Callable, tmp_p
 
 def test_tables_and_figure_say_who_and_why(make_run: Callable, tmp_path: Path) -> None:
     write(make_run)
-    selection = Selection(run_index.collect(run_dir.every(tmp_path / "runs")))
+    selection = Selection(run_index.collect(run_search.every(tmp_path / "runs")))
     made = factorial_tables.write_factorial_tables(selection, tmp_path / "figures")
     texts = [[cell.text for cell in row] for row in made["conditions"].rows]
     assert len(texts) == 12

@@ -11,12 +11,12 @@ from tests.helpers.report_runs import curve, other_card, rise, spectrum
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.figures import figure_captions, figure_worker
 from vitscope.reports.figures.figure_plan import PER_FIGURE, Panel, missing_results, panels
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.runtime.errors import StorageError
 
 
 def collect(root: Path) -> list[run_entry.Entry]:
-    return run_index.collect(run_dir.every(root / "runs"))
+    return run_index.collect(run_search.every(root / "runs"))
 
 
 def draw(panel: Panel, folder: Path, options: dict | None = None) -> figure_captions.DrawnPanel:

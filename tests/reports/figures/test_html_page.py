@@ -24,7 +24,7 @@ from vitscope.reports.figures import figure_captions, figure_plan, figure_worker
 from vitscope.reports.model_costs import Cost, Costs
 from vitscope.reports.tables import headline_tables
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 HOSTILE = "</script><script>alert(1)</script><b>&amp;"
@@ -109,7 +109,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(root: Path) -> Path:
-    entries = run_index.collect(run_dir.every(root / "runs"))
+    entries = run_index.collect(run_search.every(root / "runs"))
     selection = Selection(entries)
     made = {name: headline_tables.build(name, selection, Given()) for name in headline_tables.TABLES}
     judged = claim_verdicts.judge(ReportRuns(selection, Given()))
@@ -186,7 +186,7 @@ def test_a_page_without_results_has_no_plotly_and_says_so(make_run: Callable, tm
 def test_runs_are_compared_in_what_differs(make_run: Callable, tmp_path: Path) -> None:
     make_run("vit", 0, optimizer__lr=0.1)
     make_run("vit", 1, optimizer__lr=0.2)
-    found = html_page.comparison(run_index.collect(run_dir.every(tmp_path / "runs")))
+    found = html_page.comparison(run_index.collect(run_search.every(tmp_path / "runs")))
     assert found["keys"] == ["optimizer.lr", "seed"]
     assert [run["config"] for run in found["runs"]] == [
         {"optimizer.lr": 0.1, "seed": 0},

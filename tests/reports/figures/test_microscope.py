@@ -30,7 +30,7 @@ from vitscope.reports.figures.figure_worker import Picture
 from vitscope.reports.figures.microscope import Microscope, microscope
 from vitscope.reports.tables import headline_tables
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 NAMES = ("attention_maps", "token_norms", "effective_receptive_field", "patch_pca")
 
@@ -59,12 +59,12 @@ def results() -> dict[str, dict[str, Any]]:
 def drawn(root: Path, results: dict[str, dict[str, Any]]) -> list[DrawnPanel]:
     for name, of_model in results.items():
         write_run(root / "runs", name, measured=of_model)
-    planned = figure_plan.panels(run_index.collect(run_dir.every(root / "runs")))
+    planned = figure_plan.panels(run_index.collect(run_search.every(root / "runs")))
     return [DrawnPanel(panel, Picture(problem="not drawn here"), "") for panel in planned]
 
 
 def page(root: Path, panels: list[DrawnPanel]) -> Path:
-    entries = run_index.collect(run_dir.every(root / "runs"))
+    entries = run_index.collect(run_search.every(root / "runs"))
     tables = {name: headline_tables.build(name, Selection(entries), Given()) for name in headline_tables.TABLES}
     tables["claims"] = tables["models"]
     return html_page.write(root / "report.html", entries, tables, [], panels, [])
@@ -135,7 +135,7 @@ def test_at_most_six_models_and_none_without_results(tmp_path: Path, results: di
     assert len(content.models) == 6
     assert not content.left_out
     write_run(tmp_path / "runs", "vit", measured={"patch_pca": results["vit"]["patch_pca"]}, model__depth=9)
-    planned = figure_plan.panels(run_index.collect(run_dir.every(tmp_path / "runs")))
+    planned = figure_plan.panels(run_index.collect(run_search.every(tmp_path / "runs")))
     content = microscope([DrawnPanel(panel, Picture(problem="x"), "") for panel in planned])
     assert content is not None
     assert len(content.models) == 6

@@ -15,12 +15,12 @@ from vitscope.config import loading
 from vitscope.reports import run_index
 from vitscope.reports.figures import run_correlations, scatter_figures
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.stats.t_tests import Interval, t_interval
 
 
 def selection(root: Path) -> Selection:
-    return Selection(run_index.collect(run_dir.every(root / "runs")))
+    return Selection(run_index.collect(run_search.every(root / "runs")))
 
 
 def test_a_key_on_the_axis_and_seeds_averaged(make_run: Callable, tmp_path: Path) -> None:

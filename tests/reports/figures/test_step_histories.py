@@ -12,7 +12,7 @@ from vitscope.reports import run_index
 from vitscope.reports.figures.figure_plan import PER_FIGURE, panels
 from vitscope.reports.figures.step_histories import draw, draw_history, step_histories
 from vitscope.reports.measured_results import moment
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 
 def stepwise(shift: float = 0.0, steps=(10, 120, 1000000)) -> dict:
@@ -26,7 +26,7 @@ def stepwise(shift: float = 0.0, steps=(10, 120, 1000000)) -> dict:
 
 
 def collect(root: Path) -> list:
-    return run_index.collect(run_dir.every(root / "runs"))
+    return run_index.collect(run_search.every(root / "runs"))
 
 
 def test_moments_are_in_the_order_of_steps():

@@ -7,11 +7,11 @@ from tests.helpers.report_runs import curve, other_card
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.figures import figure_captions, figure_worker
 from vitscope.reports.tables import baselines
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 
 
 def collect(root: Path) -> list[run_entry.Entry]:
-    return run_index.collect(run_dir.every(root / "runs"))
+    return run_index.collect(run_search.every(root / "runs"))
 
 
 def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Callable, tmp_path: Path) -> None:

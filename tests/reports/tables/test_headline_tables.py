@@ -18,7 +18,7 @@ from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables import headline_tables
 from vitscope.reports.tables import table as cells
 from vitscope.reports.value_lookup import Selection, Value
-from vitscope.runs import run_dir
+from vitscope.runs import run_search
 from vitscope.stats.t_tests import Interval, t_interval
 
 
@@ -44,7 +44,7 @@ class Given(Costs):
 
 
 def build(root: Path, name: str = "models", **options: object) -> cells.Table:
-    selection = Selection(run_index.collect(run_dir.every(root / "runs")))
+    selection = Selection(run_index.collect(run_search.every(root / "runs")))
     return headline_tables.build(name, selection, Given(), **options)
 
 
@@ -90,7 +90,7 @@ def test_means_and_intervals_over_seeds(make_run: Callable, tmp_path: Path) -> N
     runs = pd.read_csv(next(path for path in cells.write(table, tmp_path) if path.name == "models-runs.csv"))
     assert runs["test/accuracy"].tolist() == accuracies
     assert runs["seed"].tolist() == [0, 1, 2]
-    assert set(runs["run"]) == {run.id for run in run_dir.every(tmp_path / "runs")}
+    assert set(runs["run"]) == {run.id for run in run_search.every(tmp_path / "runs")}
     expected = t_interval(accuracies)
     assert by_id["test/accuracy"].text == f"{expected.mean:.3f} ± {expected.half_width:.3f}" == "0.530 ± 0.090"
     assert by_id["test/nll"].text == "1.500"  # no width, no ±
@@ -115,7 +115,7 @@ def test_what_is_missing_is_named_and_never_filled(make_run: Callable, tmp_path:
     assert rows["pit-tiny"]["parameters"].text == "failed"
     assert {rows["alternet"][key].text for key in table.ids[1:]} == {"missing"}
     lines = {str(p) for p in table.problems}
-    pit, vit = (next(e.id for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == f and e.seed == s)
+    pit, vit = (next(e.id for e in run_index.collect(run_search.every(tmp_path / "runs")) if e.family == f and e.seed == s)
                 for f, s in (("pit", 0), ("vit", 1)))  # fmt: skip
     assert f"missing: run {vit}: {nep} (not measured at end)" in lines
     assert f"failed: run {pit}: test/nll (not finite)" in lines
@@ -144,7 +144,7 @@ def test_a_mean_of_no_positive_eigenvalue_is_no_failed_cell(make_run: Callable, 
     make_run("convnet", 0, measured={"hessian": spectrum(0.5, nan)})  # half of the values are positive: a failure
     table = build(tmp_path)
     assert [str(p) for p in table.problems] == [
-        f"failed: run {run_index.collect(run_dir.every(tmp_path / 'runs'))[0].id}: "
+        f"failed: run {run_index.collect(run_search.every(tmp_path / 'runs'))[0].id}: "
         "hessian_max_eigenvalue_spectrum/average_positive_eigenvalue (not finite)"
     ]
     assert {row[0].text: row[-1].text for row in table.rows} == {"vit-tiny": "none positive", "convnet-18": "failed"}
@@ -298,7 +298,7 @@ def test_the_caption_says_that_all_runs_used_the_same_images(make_run: Callable,
     assert table.note.startswith("Means over seeds (3 a row)")
     published = dataclasses.replace(card, options={"root": "/data/CIFAR-100-C", "n_images": 50000})
     make_run("convnet", measured={"corruption": corruption(0.3, published)})
-    selection = Selection([e for e in run_index.collect(run_dir.every(tmp_path / "runs")) if e.family == "convnet"])
+    selection = Selection([e for e in run_index.collect(run_search.every(tmp_path / "runs")) if e.family == "convnet"])
     note = headline_tables.build("robustness", selection, Given()).note
     assert "on at most 50,000 published images a condition (CIFAR-100-C)." in note
 

@@ -52,12 +52,12 @@ def command(argv: Sequence[str]) -> int:
     options = _options(argv)
     from vitscope.reports.online import report_content, wandb_report  # imports torch
     from vitscope.reports.run_index import Damage, collect
-    from vitscope.runs import run_dir, wandb_mirror
+    from vitscope.runs import run_search, wandb_mirror
 
     wandb_report.check_package()
     folder = Path(options.get("runs", os.environ.get("VITSCOPE_RUNS", "runs")))
     damaged: list[Damage] = []
-    entries = collect(run_dir.every(folder), damaged)
+    entries = collect(run_search.every(folder), damaged)
     for damage in damaged:
         log_problem(_logger, str(damage))
     content = report_content.collect(
