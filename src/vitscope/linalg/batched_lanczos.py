@@ -2,7 +2,7 @@
 
 A batch of 16 leaves a GPU idle. Here one call multiplies the Hessian of each of B batches with a vector of its own: forward
 over reverse (`torch.func.jvp` of `torch.func.grad`) under `torch.func.vmap`, the weights shared, about four gradients of
-B batches, no graph kept. The runs are those of `linalg.extreme`; one that has ended leaves the group.
+B batches, no graph kept. The runs are those of `linalg.eigensolver`; one that has ended leaves the group.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
+from tests.helpers.activated import activated
 from vitscope.linalg.differences.second_derivative_errors import NotTwiceDifferentiableError
 
 
@@ -31,67 +32,12 @@ class Softsign(torch.autograd.Function):
         return g / (1 + x.abs()).square()
 
 
-class Activated(nn.Module):
-    def __init__(self, activation: Any) -> None:
-        super().__init__()
-        self.activation = activation
-        self.first, self.last = nn.Linear(25, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.activation(self.first(x.flatten(1))))
-
-
-def activated(activation: Any) -> vs.Probe:
-    torch.manual_seed(0)
-    model = Activated(activation).double()
-    return vs.Probe(model, [(torch.randn(8, 1, 5, 5, dtype=torch.float64), torch.randint(3, (8,)))])
-
-
 def test_functions_that_are_differentiable_once() -> None:
     with pytest.raises(NotTwiceDifferentiableError, match=r"twice.*once_differentiable\); set product='difference'"):
         vs.hessian_eigenvalues(activated(Softsign.apply), k=1)
     differences = vs.hessian_eigenvalues(activated(Softsign.apply), k=2, product="difference", tol=1e-6)
     exact = vs.hessian_eigenvalues(activated(nn.functional.softsign), k=2, tol=1e-6)
     np.testing.assert_allclose(differences.eigenvalues, exact.eigenvalues, rtol=1e-6)
-
-
-class Swish(torch.autograd.Function):
-    """x sigmoid(x), whose backward pass can be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x.sigmoid()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return g * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
-
-
-class DetachedSwish(Swish):
-    """The same with a backward pass that takes its input for a constant."""
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        x = ctx.saved_tensors[0].detach()
-        return g * x.sigmoid() * (1 + x * (1 - x.sigmoid()))
-
-
-@pytest.mark.parametrize("product", ["reverse", "difference"])
-def test_functions_with_a_wrong_second_derivative(product: str) -> None:
-    exact = vs.hessian_eigenvalues(activated(nn.functional.silu), k=2, tol=1e-6).eigenvalues
-    right = vs.hessian_eigenvalues(activated(Swish.apply), k=2, tol=1e-6, product=product).eigenvalues
-    np.testing.assert_allclose(right, exact, rtol=1e-6)
-    if product == "reverse":
-        text = r"DetachedSwish differ by .*%.*; set product='difference'"
-        with pytest.raises(NotTwiceDifferentiableError, match=text):
-            vs.hessian_eigenvalues(activated(DetachedSwish.apply), k=1)
-        with pytest.raises(NotTwiceDifferentiableError, match=text):  # once more: it has not passed the check
-            vs.hessian_trace(activated(DetachedSwish.apply), n_vectors=1)
-    else:
-        wrong = vs.hessian_eigenvalues(activated(DetachedSwish.apply), k=2, tol=1e-6, product=product)
-        np.testing.assert_allclose(wrong.eigenvalues, exact, rtol=1e-6)
 
 
 class FusedAttention(nn.Module):
