@@ -68,8 +68,7 @@ def _give_shapes(network: Any, cfg: DictConfig) -> None:
     if is_lazy and size:
         was_training = network.training
         network.eval()
-        height, width = (size, size) if isinstance(size, int) else size
-        network(torch.zeros(1, len(cfg.data.get("mean") or (0, 0, 0)), height, width))
+        network(torch.zeros(1, 3, int(size), int(size)))
         network.train(was_training)
 
 
