@@ -210,3 +210,15 @@ def test_the_backward_operator_of_convolutions_gives_their_gradients(groups: int
     for a, b in zip(received[:2], expected):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     assert received[2] is None
+
+
+def test_the_default_store_tells_which_keys_have_been_set(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        store = torch_internals.default_store()
+        store.set("a", "text")
+        assert store.check(["a"])
+        assert not store.check(["a", "b"])
+        assert store.get("a") == b"text"
+    finally:
+        torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
@@ -164,6 +165,8 @@ def results_of_ranks(measure: Callable[[], Any], folder: Path, n: int = 2) -> li
 
 def _save_as_rank(rank: int, measure: Callable[[], Any], folder: str, n: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n, timeout=timedelta(seconds=PATIENCE)
+    )
     torch.save(measure(), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()

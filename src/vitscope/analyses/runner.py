@@ -23,7 +23,7 @@ from vitscope.core.probe import Probe
 from vitscope.runs import partial_results, result_store, run_lock
 from vitscope.runs.checkpoints import checkpoint_manifest, checkpoint_weights
 from vitscope.runtime import stop_flag
-from vitscope.runtime.distributed import gather_objects, rank
+from vitscope.runtime.distributed import agree_on_failure, gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -42,6 +42,7 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
     Raises:
         Interrupted: a stop was asked for; rows finished so far are kept.
         VitscopeError: it failed and ``on_error`` is ``raise``.
+        DistributedError: it failed on this rank and not on the others.
     """
     folder, stem, weights = (
         place.run.results / analysis.name,
@@ -65,6 +66,7 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
     except Exception as error:
         if analysis.on_error == "raise":
             raise _as_ours(analysis, error) from error
+        agree_on_failure(error)
         outputs.failure(analysis, place, folder, stem, error)
         return None
     if rank() == 0:
@@ -184,7 +186,8 @@ def _with_others(
         )
     except (Interrupted, KeyboardInterrupt):
         raise
-    except Exception:  # each is measured alone, where the one that fails says why
+    except Exception as error:  # each is measured alone, where the one that fails says why
+        agree_on_failure(error)
         place.alone.update({analysis.name, *(other.name for other in others)})
         return None
     place.ahead.update(zip((other.name for other in others), shared_results[1:]))

@@ -75,8 +75,9 @@ def evaluate(
         ValueError: no image that has a label; ``per_image`` with a loss that gives a mean alone.
     """
     sums = RunningEvaluation(objective, per_image=per_image)
-    for x, y in batches:
-        sums.add(forward(x), y)
+    with distributed.failing_together(reduce):
+        for x, y in batches:
+            sums.add(forward(x), y)
     return sums.result(reduce=reduce, device=device)
 
 

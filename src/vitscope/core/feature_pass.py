@@ -118,6 +118,7 @@ def run_feature_pass(probe: Probe, accumulators: Sequence[Accumulator], descript
         probe.guard(logits=False) as model,
         reading(model, taps, read, read_prefix if prefix_readers else None),
         _reading_attention([a for a in accumulators if isinstance(a, AttentionAccumulator)]),
+        failing_together(),
     ):
         for number, (x, _) in track(probe.local_batches(), description, -(-probe.n_batches // world_size())):
             model(x)

@@ -7,18 +7,25 @@ shares up, so that each rank returns the same numbers.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from vitscope.runtime.errors import DistributedError, first_line
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.runtime.torch_internals import default_store
 
 #: names since torch 2.14, and before
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+#: seconds for which a rank that failed waits for the same failure of the others, and between two looks
+PATIENCE_S, _INTERVAL_S = 120.0, 0.05
+
+_n_failures = 0
 _n_collectives = 0
 _is_waiting = False
 
@@ -116,11 +123,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(of_all_ranks: bool = True) -> Iterator[None]:
     """Raise an exception of the block on the ranks where it occurred, and a RuntimeError on the others.
 
     A rank that failed alone would leave the others waiting for its share in the next collective operation. An interruption
     passes at once: a signal stops all ranks.
+
+    Args:
+        of_all_ranks: whether every rank enters the block; where this rank works alone nothing is exchanged.
 
     Example:
         ``with failing_together(): sums = read_local_batches()``
@@ -132,5 +142,34 @@ def failing_together() -> Iterator[None]:
         raise
     except Exception as raised:
         error = raised
-    if any(gather_objects(error is not None)):
-        raise error or RuntimeError("another rank failed")
+    texts = gather_objects(None if error is None else first_line(error)) if of_all_ranks else []
+    if error is not None:
+        raise error
+    for number, text in enumerate(texts):
+        if text is not None:
+            raise RuntimeError(f"another rank failed: rank {number}: {text}")
+
+
+def agree_on_failure(error: Exception) -> None:
+    """Return where every rank has failed and can go on with the next step; raise where this rank failed alone.
+
+    The others would take its next collective operation for the one in which they wait, and add numbers of two steps up. The
+    ranks tell each other of their failures through the process group's store, which needs no collective operation.
+
+    Raises:
+        DistributedError: another rank has not failed within `PATIENCE_S` seconds.
+    """
+    global _n_failures
+    if world_size() == 1:
+        return
+    _n_failures += 1
+    store, keys = default_store(), [f"vitscope/failure/{_n_failures}/{number}" for number in range(world_size())]
+    store.set(keys[rank()], first_line(error))
+    end = time.monotonic() + PATIENCE_S
+    while not store.check(keys):
+        if time.monotonic() > end:
+            reason = f"rank {rank()} failed alone ({first_line(error)}); the others cannot go on without it"
+            raise DistributedError(
+                "trainer.devices", world_size(), reason, "see the traceback in the run's log"
+            ) from error
+        time.sleep(_INTERVAL_S)

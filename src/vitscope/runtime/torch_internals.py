@@ -92,6 +92,13 @@ def foreign_functions(output: Tensor) -> set[type]:
     return classes
 
 
+def default_store() -> Any:
+    """Return the store of the default process group: ``set``, ``get`` and ``check`` of keys that all ranks see."""
+    from torch.distributed import distributed_c10d  # is not there in builds without torch.distributed
+
+    return distributed_c10d._get_default_store()
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Tell whether a tensor is a ``DTensor``; its module, which takes a second to import, is not imported for that."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -150,10 +150,11 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     traced_units = _traced_units(probe, units)
     with probe.guard(logits=False) as model:
         sums = Sums(units, _shifts(model, units), traced_units)
-        for _, (x, _) in track(probe.local_batches(), "attention distance"):
-            sums.begin(images_of(x, "attention_distance"))
-            with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
-                model(x)
+        with distributed.failing_together():
+            for _, (x, _) in track(probe.local_batches(), "attention distance"):
+                sums.begin(images_of(x, "attention_distance"))
+                with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
+                    model(x)
     means = estimates([mean for unit_means in sums.means for mean in unit_means])
     distance, entropy, off_map = means[0::3], means[1::3], means[2::3]
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))

@@ -216,7 +216,7 @@ class _Scores:
 def _logits(probe: Probe, description: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return this rank's logits ``(n, classes)`` in float64, labels ``(n,)`` and batch numbers ``(n,)``."""
     logits, labels, numbers = [], [], []
-    with probe.guard() as model:
+    with probe.guard() as model, distributed.failing_together():
         for index, (x, y) in track(probe.local_batches(), description):
             z = model(x).double()
             if not torch.isfinite(z).all():

@@ -108,8 +108,9 @@ def class_gradients(
     for first in track(range(0, n_classes, at_once), "class means"):
         classes = range(first, min(first + at_once, n_classes))
         sums = torch.zeros(len(classes), n_classes, size, dtype=like.dtype, device=like.device)
-        for x, y in batches():
-            _add(model, x, y, tensors, classes, sums, weights)
+        with distributed.failing_together():
+            for x, y in batches():
+                _add(model, x, y, tensors, classes, sums, weights)
         sums = distributed.all_reduce_sum(sums)
         of_classes = distributed.all_reduce_sum(weights[classes.start : classes.stop].clone())
         weights[classes.start : classes.stop] = of_classes

@@ -300,8 +300,9 @@ def _loss(operators: Curvatures, offset: Tensor | None) -> float:
             point[name] = p + offset[at : at + p.numel()].view_as(p)
             at += p.numel()
     total = torch.zeros((), dtype=torch.float64, device=operators.probe.device)
-    for _, (x, y) in operators.probe.local_batches():
-        total += operators.probe.objective.data_loss(substituted_call(operators.model, point, x), y, "sum").double()
+    with distributed.failing_together():
+        for _, (x, y) in operators.probe.local_batches():
+            total += operators.probe.objective.data_loss(substituted_call(operators.model, point, x), y, "sum").double()
     data = distributed.all_reduce_sum(total).item() / operators.probe.n_labeled
     return data + float(operators.probe.objective.l2_term(whole_point(point, operators.parameters)).double())
 

@@ -225,8 +225,9 @@ def _measured(
     numbers: dict[int, dict[str, np.ndarray]] = {}
     for index in track(range(len(probe.taps)), "depth probes: taps"):
         sides = [_of_tap(images, index, weight) for images in (train, test) if images is not None]
-        if index % distributed.world_size() == distributed.rank():
-            numbers[index] = measure_tap(sides[0] if train is not None else None, sides[-1], n_neighbors)
+        with distributed.failing_together():
+            if index % distributed.world_size() == distributed.rank():
+                numbers[index] = measure_tap(sides[0] if train is not None else None, sides[-1], n_neighbors)
     merged = {index: row for share in distributed.gather_objects(numbers) for index, row in share.items()}
     return [merged[index] for index in range(len(probe.taps))]
 

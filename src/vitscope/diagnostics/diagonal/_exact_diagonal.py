@@ -50,14 +50,15 @@ def diagonal_by_images(operators: Curvatures) -> np.ndarray:
     probe, options = operators.probe, operators.options
     gradients = PerExampleGradients(operators.model, _along_column, operators.parameters, options.micro_batch)
     total = torch.zeros(gradients.size, dtype=torch.float64, device=probe.device)
-    for index, (x, y) in track(probe.local_batches(), "diagonal", probe.n_batches):
-        step = options.micro_batch or len(y)
-        for a in range(0, len(y), step):
-            part = slice(a, a + step)
-            columns = _factors(operators, probe.first_image(index) + a, x[part], y[part])  # (columns, b, K)
-            for column in columns:
-                for rows in gradients(x[part], column):
-                    total += rows.double().square().sum(0)
+    with distributed.failing_together():
+        for index, (x, y) in track(probe.local_batches(), "diagonal", probe.n_batches):
+            step = options.micro_batch or len(y)
+            for a in range(0, len(y), step):
+                part = slice(a, a + step)
+                columns = _factors(operators, probe.first_image(index) + a, x[part], y[part])  # (columns, b, K)
+                for column in columns:
+                    for rows in gradients(x[part], column):
+                        total += rows.double().square().sum(0)
     return (distributed.all_reduce_sum(total) / probe.n_labeled).cpu().numpy()
 
 

@@ -89,7 +89,7 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
     """
     check_classes(probe, "evaluation")
     rows, n_logits, columns = [], 0, torch.empty(0, dtype=torch.long)
-    with probe.guard() as model:
+    with probe.guard() as model, distributed.failing_together():
         for index, (x, y) in track(probe.local_batches(), "evaluation"):
             counts = labeled(y)
             logits, labels = model(x)[counts], hard_targets(y)[counts]

@@ -29,7 +29,7 @@ from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_ima
 from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
 from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
-from vitscope.runtime.distributed import gather_objects, world_size
+from vitscope.runtime.distributed import failing_together, gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import Seed
 from vitscope.stats.intervals import check_level, few_images
@@ -216,6 +216,7 @@ def _measured(
     with (
         probe.guard(logits=False) as model,
         reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
+        failing_together(),
     ):
         for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
             model(x)

@@ -20,6 +20,7 @@ from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.runtime.distributed import failing_together
 from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import check_level
 
@@ -126,10 +127,10 @@ def fourier_heatmap(
         return images + (signs * wave).to(images)
 
     means = Means(answers=("wrong",))
-    for _, correct, _ in perturbed(
-        probe, [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in bins], change, "heat map", partial
-    ):
-        means.add(wrong=1 - correct.T)
+    names = [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in bins]
+    with failing_together():
+        for _, correct, _ in perturbed(probe, names, change, "heat map", partial):
+            means.add(wrong=1 - correct.T)
     wrong = means.finish(level)["wrong"]
     nulls = {f"the wave {b}": "logits are not finite" for b, e in zip(bins, wrong.mean[1:]) if not np.isfinite(e)}
     warn_nulls("fourier_heatmap", nulls | ({"the intervals": "a single image"} if wrong.count == 1 else {}))

@@ -29,6 +29,7 @@ from vitscope.diagnostics.frequency_noise._bands import (
 )
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
+from vitscope.runtime.distributed import failing_together
 from vitscope.runtime.value_ranges import PositiveFloat, Seed
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
@@ -175,18 +176,19 @@ def frequency_noise_robustness(
         return (images + scale * bands.noise(white[batch], band) / deviation.to(white[batch])).to(images.dtype)
 
     means = Means("clean_nll", "nll", "contrast", answers=("clean_accuracy", "accuracy", "wrong", "contrasted"))
-    for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
-        difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)  # (n_rms, n_used, B)
-        at = scales.index(float(rms))
-        third = max(1, len(used) // 3)
-        contrast = difference[at, -third:].mean(0) - difference[at, :third].mean(0)
-        contrast = contrast if len(used) > 1 else np.full_like(contrast, np.nan)
-        nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]  # (n_used, B)
-        means.n_classes = n_classes
-        means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
-        means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)
-        after = correct[1:].reshape(difference.shape)[at]  # (n_used, B)
-        means.add(wrong=1 - (after * correct[0]).T, contrasted=np.where(np.isnan(contrast), np.nan, contrast != 0))
+    with failing_together():
+        for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
+            difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)  # (n_rms, n_used, B)
+            at = scales.index(float(rms))
+            third = max(1, len(used) // 3)
+            contrast = difference[at, -third:].mean(0) - difference[at, :third].mean(0)
+            contrast = contrast if len(used) > 1 else np.full_like(contrast, np.nan)
+            nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]  # (n_used, B)
+            means.n_classes = n_classes
+            means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
+            means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)
+            after = correct[1:].reshape(difference.shape)[at]  # (n_used, B)
+            means.add(wrong=1 - (after * correct[0]).T, contrasted=np.where(np.isnan(contrast), np.nan, contrast != 0))
     solver = {"construction": construction, "n_bands": n_bands, "rms": rms, "std": deviation.flatten().tolist()}
     card = probe.card(solver={**solver, "seed": seed})
     return _result(means, bands, used, scales, float(rms), level, card)

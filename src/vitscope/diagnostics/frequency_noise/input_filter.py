@@ -19,6 +19,7 @@ from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
+from vitscope.runtime.distributed import failing_together
 from vitscope.stats.intervals import check_level
 
 
@@ -114,9 +115,10 @@ def input_filter(
         return filtered(images, keep[v])
 
     means = Means("losses", answers=("correct",))
-    for losses, correct, n_classes in perturbed(probe, names, change, "filtered images", partial):
-        means.n_classes = n_classes
-        means.add(correct=correct.T, losses=losses.T)
+    with failing_together():
+        for losses, correct, n_classes in perturbed(probe, names, change, "filtered images", partial):
+            means.n_classes = n_classes
+            means.add(correct=correct.T, losses=losses.T)
     estimates = means.finish(level)
     (clean, *accuracy), (_, *half_width), (clean_nll, *nll) = (
         a.tolist() for a in (estimates["correct"].mean, estimates["correct"].half_width, estimates["losses"].mean)

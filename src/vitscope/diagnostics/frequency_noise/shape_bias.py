@@ -17,7 +17,7 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.runtime.distributed import all_reduce_sum, world_size
+from vitscope.runtime.distributed import all_reduce_sum, failing_together, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import check_level, share_interval
 
@@ -129,7 +129,7 @@ def _counts(probe: Probe, textures: torch.Tensor) -> torch.Tensor:
     # a rank without a batch of its own needs the number of classes too
     n_classes = _n_classes(probe)
     counts = torch.zeros(n_classes, 4, dtype=torch.float64, device=probe.device)
-    with probe.guard() as model:
+    with probe.guard() as model, failing_together():
         for index, (x, y) in track(probe.local_batches(), "shape bias", -(-probe.n_batches // world_size())):
             logits = model(x)
             shape, answer = hard_targets(y), logits.argmax(1)

@@ -75,14 +75,15 @@ class GradientSums:
         """Return the sums of this rank's images, and add up their gradients in ``mean``."""
         squares, units, kind_units = (torch.zeros_like(self.mean) for _ in range(3))
         norms: dict[int, list[Tensor]] = {}
-        for index, rows in self._rows("gradients of images"):
-            self.mean += rows.double().sum(0)
-            squares += rows.double().square().sum(0)
-            square_norms = self._by_group(rows * rows)
-            norms.setdefault(index, []).append(square_norms)
-            units += self._unit(rows, square_norms, False).double().sum(0)
-            if self._columns is not None:
-                kind_units += self._unit(rows, square_norms, True).double().sum(0)
+        with distributed.failing_together():
+            for index, rows in self._rows("gradients of images"):
+                self.mean += rows.double().sum(0)
+                squares += rows.double().square().sum(0)
+                square_norms = self._by_group(rows * rows)
+                norms.setdefault(index, []).append(square_norms)
+                units += self._unit(rows, square_norms, False).double().sum(0)
+                if self._columns is not None:
+                    kind_units += self._unit(rows, square_norms, True).double().sum(0)
         return FirstSums(squares, units, kind_units, norms)
 
     def products(self, sums: FirstSums) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +91,14 @@ class GradientSums:
         mean, unit, kind_unit = (t.to(self.gradients_dtype) for t in (self.mean, sums.units, sums.kind_units))
         products: dict[int, list[Tensor]] = {}
         unit_products: dict[int, list[Tensor]] = {}
-        for index, rows in self._rows("gradients of images, intervals"):
-            products.setdefault(index, []).append(self._by_group(rows * mean))
-            square_norms = self._by_group(rows * rows)
-            of_units = self._by_group(rows * kind_unit)
-            of_units[:, 0] = self._by_group(rows * unit)[:, 0]
-            roots = square_norms.sqrt()
-            unit_products.setdefault(index, []).append(torch.where(roots > 0, of_units / roots, 0.0))
+        with distributed.failing_together():
+            for index, rows in self._rows("gradients of images, intervals"):
+                products.setdefault(index, []).append(self._by_group(rows * mean))
+                square_norms = self._by_group(rows * rows)
+                of_units = self._by_group(rows * kind_unit)
+                of_units[:, 0] = self._by_group(rows * unit)[:, 0]
+                roots = square_norms.sqrt()
+                unit_products.setdefault(index, []).append(torch.where(roots > 0, of_units / roots, 0.0))
         return _gathered(products), _gathered(unit_products)
 
     @property

@@ -54,14 +54,15 @@ def _weighted_gradient(operators: Curvatures, n: int, rng: np.random.Generator) 
     counts = [int(labeled(y).sum()) for _, y in probe.batches]
     starts = np.cumsum([0, *counts])
     total = torch.zeros(sum(p.numel() for p in operators.parameters.values()), dtype=torch.float64, device=probe.device)
-    for index, (x, y) in probe.local_batches():
-        x, y = with_label(x, y)
-        step = operators.options.micro_batch or max(1, len(y))
-        for a in range(0, len(y), step):
-            weights = signs[starts[index] + a : starts[index] + min(a + step, len(y))].to(probe.device, probe.dtype)
-            losses = probe.objective.data_loss(operators.model(x[a : a + step]), y[a : a + step], "none")
-            gradient = torch.autograd.grad(
-                (weights * losses).sum(), list(operators.parameters.values()), materialize_grads=True
-            )
-            total += torch.cat([g.reshape(-1) for g in gradient]).double()
+    with distributed.failing_together():
+        for index, (x, y) in probe.local_batches():
+            x, y = with_label(x, y)
+            step = operators.options.micro_batch or max(1, len(y))
+            for a in range(0, len(y), step):
+                weights = signs[starts[index] + a : starts[index] + min(a + step, len(y))].to(probe.device, probe.dtype)
+                losses = probe.objective.data_loss(operators.model(x[a : a + step]), y[a : a + step], "none")
+                gradient = torch.autograd.grad(
+                    (weights * losses).sum(), list(operators.parameters.values()), materialize_grads=True
+                )
+                total += torch.cat([g.reshape(-1) for g in gradient]).double()
     return distributed.all_reduce_sum(total).to(probe.dtype)

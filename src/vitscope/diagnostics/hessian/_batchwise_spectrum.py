@@ -67,14 +67,15 @@ class BatchwiseSpectrum:
         rank_rows: dict[int, Row] = {}
         share = ((i, batch) for i, batch in self.operators.probe.local_batches() if i < budget.limit)
         total = -(-len(range(distributed.rank(), budget.limit, world)) // together)
-        for group in track(_grouped(share, together), "hessian spectrum", total=total):
-            missing = [pair for pair in group if _key(pair[0]) not in partial]
-            if rank_rows and not budget.allows(len(missing)):
-                break
-            for (index, _), row in zip(missing, self._computed(missing)):
-                partial[_key(index)] = row
-            budget.done(len(missing))
-            rank_rows |= {index: self.operators.read_row(partial[_key(index)]) for index, _ in group}
+        with distributed.failing_together():
+            for group in track(_grouped(share, together), "hessian spectrum", total=total):
+                missing = [pair for pair in group if _key(pair[0]) not in partial]
+                if rank_rows and not budget.allows(len(missing)):
+                    break
+                for (index, _), row in zip(missing, self._computed(missing)):
+                    partial[_key(index)] = row
+                budget.done(len(missing))
+                rank_rows |= {index: self.operators.read_row(partial[_key(index)]) for index, _ in group}
         rows = merge_rows(rank_rows)
         facts = {"batches_at_once": together} if together > 1 else {}
         if self.budget_s is not None:
@@ -85,9 +86,10 @@ class BatchwiseSpectrum:
         if not self._automatic:
             return self.batches_at_once or 1
         operators = self.operators
-        first = next(iter(operators.probe.local_batches()), None)
         max_products = operators.options.max_products
-        n_fitting = 1 if first is None else at_once(operators, first, self.n_top, self.n_ends, max_products)
+        with distributed.failing_together():
+            first = next(iter(operators.probe.local_batches()), None)
+            n_fitting = 1 if first is None else at_once(operators, first, self.n_top, self.n_ends, max_products)
         return max(distributed.gather_objects(n_fitting))
 
     def _computed(self, group: Group) -> Iterator[Row]:

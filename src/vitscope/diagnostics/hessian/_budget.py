@@ -75,7 +75,8 @@ def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -
     if not seconds > 0:
         raise ValueError(f"Expected budget_s to be positive or None, received {seconds}.")
     started = clock()
-    measured = [_measured(operators, batch, at_once) for batch in _first(operators)]
+    with distributed.failing_together():
+        measured = [_measured(operators, batch, at_once) for batch in _first(operators)]
     product, graph = (max(parts) for parts in zip(*_gathered(measured)))
     size = sum(p.numel() for p in operators.parameters.values())
     row = sum(p.numel() * p.element_size() for p in operators.parameters.values())

@@ -166,10 +166,11 @@ def _fits(size: int, probe: Probe) -> bool:
 def _rows(operators: Curvatures, run: tuple[int, int, float, bool], partial: Partial | None) -> list[Row]:
     size, k, tol, mixup = run
     memory, rows = operators.basis_memory(), {}
-    for number, batch in track(_joined(operators.probe, size), f"batches of {size}"):
-        key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
-        compute = functools.partial(_extreme_eigenvalues, operators, number, batch, k, tol, mixup, memory)
-        rows[number] = stored_row(partial, key, compute)
+    with distributed.failing_together():
+        for number, batch in track(_joined(operators.probe, size), f"batches of {size}"):
+            key = f"size-{size}-k-{k}-tol-{tol:g}-mixup-{int(mixup)}-batch-{number:04d}"
+            compute = functools.partial(_extreme_eigenvalues, operators, number, batch, k, tol, mixup, memory)
+            rows[number] = stored_row(partial, key, compute)
     return [row for _, row in sorted(merge_rows(rows).items())]
 
 

@@ -137,10 +137,11 @@ def objective_gradient(probe: Probe) -> Direction:
         parameters = probe.parameters()
         names, leaves = list(parameters), list(parameters.values())
         total = [torch.zeros_like(p, dtype=torch.float64) for p in leaves]
-        for _, (x, y) in probe.local_batches():
-            loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
-            for t, g in zip(total, torch.autograd.grad(loss, leaves, materialize_grads=True)):
-                t.add_(g)
+        with distributed.failing_together():
+            for _, (x, y) in probe.local_batches():
+                loss = probe.objective.data_loss(model(x), y, "sum") / probe.n_labeled
+                for t, g in zip(total, torch.autograd.grad(loss, leaves, materialize_grads=True)):
+                    t.add_(g)
         total = [distributed.all_reduce_sum(t) for t in total]
         l2 = probe.objective.l2_term(dict(model.named_parameters()))
         if l2.requires_grad:

@@ -23,6 +23,7 @@ from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_
 from vitscope.diagnostics.lesion._cost import chosen_lesions, chosen_units, lesion_cost
 from vitscope.diagnostics.lesion._lesions import Lesion
 from vitscope.models.structure.residual_units import Unit
+from vitscope.runtime.distributed import failing_together
 from vitscope.stats.intervals import Estimate, few_images, where_enough_wrong
 
 #: removal -> what its fields begin with
@@ -156,12 +157,13 @@ def lesion(
             rows = lesion_by_lesion(probe, model, selected_lesions)
         else:
             rows = batch_by_batch(probe, model, units if cache else [], selected_lesions, partial)
-        for pair in rows:
-            for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
-                values = torch.from_numpy(values.astype(np.float64))
-                total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
-            right = torch.from_numpy(pair[1].astype(np.float64))
-            wrong.add(1 - (right * right[:1]).T)
+        with failing_together():
+            for pair in rows:
+                for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
+                    values = torch.from_numpy(values.astype(np.float64))
+                    total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
+                right = torch.from_numpy(pair[1].astype(np.float64))
+                wrong.add(1 - (right * right[:1]).T)
     check_any_image(losses)
     nll, accuracy, either_wrong = estimates([losses, correct, wrong])
     if one_answer and not np.isnan(accuracy.mean[0]):

@@ -26,7 +26,7 @@ from vitscope.diagnostics.receptive_field._extents import (
     radii,
 )
 from vitscope.runtime import stop_flag
-from vitscope.runtime.distributed import gather_objects, world_size
+from vitscope.runtime.distributed import failing_together, gather_objects, world_size
 from vitscope.runtime.progress import track
 from vitscope.stats.jackknife import N_GROUPS
 
@@ -86,7 +86,7 @@ def measure_fields(
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
         refuse_dependent_images(model, next(probe.iter_batches())[0][:2], 1, "effective_receptive_field")
         batches = track(probe.local_batches(), "receptive field", -(-probe.n_batches // world_size()))
-        with structure_reader().reading(model, taps, sums.read):
+        with structure_reader().reading(model, taps, sums.read), failing_together():
             for number, (x, _) in batches:
                 x = x.detach().requires_grad_()
                 with torch.enable_grad():

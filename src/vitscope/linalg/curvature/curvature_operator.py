@@ -214,17 +214,16 @@ class Curvature:
         """Add ``share(chunk)`` up over chunks and ranks into a flat vector."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         empty = True
-        for chunk in self._chunks():
-            if (
-                not empty and distributed.world_size() == 1
-            ):  # of several ranks none may leave the others' reduction waiting
-                stop_flag.check()
-            flat = self.flat(share(chunk))
-            if empty:
-                torch.cat(flat, out=out)
-            else:
-                out += torch.cat(flat)
-            empty = False
+        with distributed.failing_together(self.reduce):
+            for chunk in self._chunks():
+                if not empty and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
+                    stop_flag.check()
+                flat = self.flat(share(chunk))
+                if empty:
+                    torch.cat(flat, out=out)
+                else:
+                    out += torch.cat(flat)
+                empty = False
         if empty:  # more ranks than batches
             out.zero_()
         return distributed.all_reduce_sum(out) if self.reduce else out
@@ -299,16 +298,13 @@ class GradientsBeside:
         operator = self.operator
         weights, parts = list(operator.parameters.values()), operator.split(direction)
         sums = [torch.zeros_like(direction) for _ in steps]
-        for number, (first_image, x, y) in enumerate(operator.pieces()):
-            if (
-                number and distributed.world_size() == 1
-            ):  # of several ranks none may leave the others' reduction waiting
-                stop_flag.check()
-            for total, step in zip(sums, steps):
-                difference = gradient_difference(
-                    weights, parts, functools.partial(data_gradient, operator, first_image, x, y), step
-                )
-                total += torch.cat(operator.flat(difference))
+        with distributed.failing_together(operator.reduce):
+            for number, (first_image, x, y) in enumerate(operator.pieces()):
+                if number and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
+                    stop_flag.check()
+                gradient = functools.partial(data_gradient, operator, first_image, x, y)
+                for total, step in zip(sums, steps):
+                    total += torch.cat(operator.flat(gradient_difference(weights, parts, gradient, step)))
         return [distributed.all_reduce_sum(total) for total in sums] if operator.reduce else sums
 
 

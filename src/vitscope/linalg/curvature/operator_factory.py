@@ -129,8 +129,9 @@ class Curvatures:
     def _difference_facts(self) -> dict[str, Any]:
         """Return the largest relative error and the steps of products by differences, on all ranks, and log them."""
         records = [record for record in self.records if record.n_products]
-        for record in records:
-            record.check(self.options.tol, next(iter(self.parameters.values())).dtype)
+        with distributed.failing_together():
+            for record in records:
+                record.check(self.options.tol, next(iter(self.parameters.values())).dtype)
         rank_pairs = [(record.relative_error, record.steps) for record in records]
         shares = [pair for pairs in distributed.gather_objects(rank_pairs) for pair in pairs]
         if not shares:
