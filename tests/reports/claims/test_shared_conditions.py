@@ -58,6 +58,18 @@ def test_spectra_whose_options_are_not_recorded_are_set_against_nothing(make_run
     assert "conditions that were not recorded: measure again (10 left out)" in judged.findings[0].reason
 
 
+def test_runs_that_no_trend_takes_do_not_decide_its_conditions(make_run: Callable, tmp_path: Path) -> None:
+    """ViTs on fractions of the data, in the majority, are measured on fewer images than the models of the trend over bias."""
+    for model, nep in (("vit", 0.4), ("pit", 0.3), ("swin", 0.2), ("convnet", 0.1)):
+        make_run(model, measured={"hessian": spectrum(nep, card=other_card(n_images=64))})
+    for fraction in (0.02, 0.06, 0.1, 0.2, 0.6):
+        card = other_card(data=f"photos, {fraction:g}", n_images=32)
+        make_run("vit", data__fraction=fraction, measured={"hessian": spectrum(0.3, card=card)})
+    (claim,) = [c for c in CLAIMS if c.name == "weak_bias_negatives"]
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
+    assert judged.findings[0].effect.values == pytest.approx({0: -0.1}, rel=1e-9)
+
+
 def test_training_losses_of_two_measures_are_not_matched(make_run: Callable, tmp_path: Path) -> None:
     made = {"hessian@epoch-0000": spectrum(ape=10.0), "hessian": spectrum(ape=20.0)}
     sharp = {"sharpness@epoch-0000": rise(0.1, nll=1.0), "sharpness": rise(0.1, nll=0.5)}

@@ -196,6 +196,8 @@ def longest_trend(
     """
     best, best_size = Effect(lacking=lacking), (0, 0)
     for chain in chains:
+        if len(chain) < min_positions:  # not read: conditions of its results must not decide those of a longer chain
+            continue
         measured = sorted(
             ((position, runs) for position, runs in chain if any(read(run) is not None for run in runs.values())),
             key=lambda part: part[0],
