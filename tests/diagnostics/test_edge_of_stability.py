@@ -325,6 +325,7 @@ def test_the_figure_shows_limits_and_steps():
 
 WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_images=8",
            "analysis.edge_of_stability.when.every_n_steps=2", "analysis.edge_of_stability.warm_start=true",
+           "analysis.edge_of_stability.max_products=12",
            "trainer.max_epochs=3", "trainer.limit_train_batches=2", "test=false"]  # fmt: skip
 
 

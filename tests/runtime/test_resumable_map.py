@@ -52,9 +52,7 @@ def test_one_rank_merges_its_own_rows() -> None:
 
 
 def test_the_failure_of_another_rank_is_raised_and_finished_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        distributed, "gather_objects", lambda value: [value, "no images"] if value is None else [value]
-    )
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, "no images"] if value is None else [value])
     partial: dict[str, dict[str, Any]] = {}
     with pytest.raises(RuntimeError, match="another rank failed"):
         map_resumably([1, 2], lambda key: {"value": key}, name=str, partial=partial, description="rows")

@@ -174,7 +174,7 @@ def test_manifest_that_is_no_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize("earlier_version", [False, True])
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
 def test_no_flipped_bit_of_a_manifest_is_trusted(tmp_path: Path, earlier_version: bool) -> None:
-    """Every bit of a manifest, three of each byte of one of an earlier version, which has no digest of itself."""
+    """Three bits of each byte of a manifest, and of one of an earlier version, which has no digest of itself."""
     checkpoint_io.write(content(0), tmp_path / "init.ckpt")
     checkpoint_io.write(content(2), tmp_path / "last.ckpt")
     if earlier_version:
@@ -184,7 +184,7 @@ def test_no_flipped_bit_of_a_manifest_is_trusted(tmp_path: Path, earlier_version
     whole = path.read_bytes()
     accepted = []
     for place in range(len(whole)):
-        for bit in (0, 2, 5) if earlier_version else range(8):
+        for bit in (0, 2, 5):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             try:
                 checkpoint_io.newest(tmp_path) if earlier_version else checkpoint_manifest.entries(tmp_path)
