@@ -69,7 +69,8 @@ def test_the_card_names_another_folder(made: AnalysisContext) -> None:
     assert own is not None
     assert other is not None
     assert (own.card.data, other.card.data) == ("shapes", "shapes, data.root=/images/b")
-    assert own.card.differences(other.card) == ["data"]
+    assert (own.card.changes, other.card.changes) == ({}, {"data.root": "/images/b"})
+    assert own.card.differences(other.card) == ["data", "changes"]
 
 
 @pytest.mark.parametrize("option", ["other", "reference", "eigenvectors"])

@@ -11,7 +11,7 @@ from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum
 from vitscope.core.objective_card import check_comparable
 from vitscope.reports import run_entry, run_files, run_index
 from vitscope.reports.value_lookup import Selection
-from vitscope.runs import run_search
+from vitscope.runs import result_store, run_search
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime.errors import StorageError
 
@@ -74,6 +74,19 @@ def test_numbers_come_from_the_conditions_that_most_runs_share(make_run: Callabl
     assert "n_images 64, most runs 32" in values[2].why
     loose = Selection(entries, allow_different=True)
     assert [loose.scalar(e, SPECTRUM, NEP).number for e in entries] == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_numbers_of_a_run_are_those_of_its_own_images_and_network(make_run: Callable, tmp_path: Path) -> None:
+    """Results on another folder of images, which are as many and newer, do not stand in the place of the runs' own."""
+    changed = other_card(changes={"data.root": "/images/b"})
+    for seed in range(2):
+        run = make_run("vit", seed, measured={"hessian": spectrum(0.1)})
+        result_store.save(run.results / "hessian", "end-1badcafe", spectrum(0.9, card=changed))
+    only_changed = make_run("vit", 2, measured={"hessian": spectrum(0.9, card=changed)})
+    selection = Selection(collect(tmp_path))
+    values = {e.id: selection.scalar(e, SPECTRUM, NEP) for e in selection.entries}
+    assert [v.number for v in values.values()] == [0.1, 0.1, None]
+    assert "changes (('data.root', '/images/b'),), most runs 'none'" in values[only_changed.id].why
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def _measured(
         stop_flag.check()
         request = probe_request(analysis, place.datamodule)
         facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
+        facts["changes"] = dict(place.changes)
         root = place.changes.get("data.root")
         if root is not None:  # the name of the data does not tell these images from the run's
             described = place.datamodule.describe(request["split"], bool(request["augment"]))

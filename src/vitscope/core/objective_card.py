@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-#: the card's keys in which two results must agree to be overlaid, beside the options and what the solver states
+#: the card's keys in which two results must agree to be overlaid, beside the changes, the options and what the solver states
 COMPARED = (
     "loss", "l2", "weight_decay", "data", "split", "augmentation", "preprocessing", "n_images", "batch_size",
     "mode", "bn_policy", "parameters", "dtype",
@@ -41,6 +41,7 @@ class ObjectiveCard:
         step: optimizer steps that the weights have made, where a run states it.
         options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
+        changes: values of the run's network and of the folder of its images that the command changed, by their dotted keys.
     """
 
     loss: str = "unknown"
@@ -63,17 +64,20 @@ class ObjectiveCard:
     versions: Mapping[str, str] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the card as plain containers."""
         return asdict(self)
 
     def conditions(self) -> dict[str, Any]:
-        """Return everything that is compared: `COMPARED`, ``options.<name>`` and ``solver.<fact>``, all hashable.
+        """Return everything that is compared: `COMPARED`, ``changes``, ``options.<name>`` and ``solver.<fact>``, all hashable.
 
         A fact that repeats an option is left out; one that says what an option such as ``auto`` came to stays.
         """
         compared = {key: getattr(self, key) for key in COMPARED}
+        if self.changes:
+            compared["changes"] = _hashable(self.changes)
         if self.options is None:
             compared["options"] = NOT_RECORDED
         options = {key: _hashable(value) for key, value in sorted((self.options or {}).items())}
@@ -109,7 +113,8 @@ def _differs(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool
 
 def shown_value(conditions: Mapping[str, Any], key: str) -> Any:
     """Return a compared value as an error or a notice shows it."""
-    return conditions.get(key, "recorded" if key == "options" else "not stated")
+    absent = {"options": "recorded", "changes": "none"}
+    return conditions.get(key, absent.get(key, "not stated"))
 
 
 def _hashable(value: Any) -> Any:

@@ -98,7 +98,9 @@ def _written(value: Any) -> str:
 
 
 def majority(measured: Mapping[str, Sequence[Measured]], without: Sequence[str] = NAMED_BY_ROWS) -> Conditions | None:
-    """Return the conditions under which most runs were measured (the newest of equals).
+    """Return the conditions under which most runs were measured.
+
+    Conditions without changes of the runs' own networks and images come before all others; of equals the newest count.
 
     Args:
         measured: Results of one measure at one moment, by run.
@@ -111,4 +113,4 @@ def majority(measured: Mapping[str, Sequence[Measured]], without: Sequence[str] 
         for conditions, time in successes:
             newest[conditions] = max(newest.get(conditions, 0.0), time)
         counts.update({conditions for conditions, _ in successes})
-    return max(counts, key=lambda c: (counts[c], newest[c]), default=None)
+    return max(counts, key=lambda c: ("changes" not in dict(c), counts[c], newest[c]), default=None)
