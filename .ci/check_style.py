@@ -1,4 +1,5 @@
-"""Check the words of the source: openings of module docstrings, vague names, private vocabulary, reasons of suppressed checks.
+"""Check the words of the source: openings of module docstrings, vague names, private vocabulary, American spelling, and the
+reasons of suppressed checks.
 
 Usage: python .ci/check_style.py [--write]
 
@@ -29,6 +30,12 @@ VAGUE_NAMES = frozenset({
 })  # fmt: skip
 #: the authors' own words for a subpackage, an import rule and the layout
 PRIVATE_WORDS = re.compile(r"\b(rooms?|walls?|house)\b", re.IGNORECASE)
+#: stems of words in British spelling
+BRITISH = re.compile(
+    r"\w*((normal|initial|random|recogn|minim|maxim|optim|standard|general|regular|parametr|summar|quant|visual|organ|factor|serial"
+    r"|synchron|penal)is(e|ing|ation)|analys(e[dr]?\b|ing)|centre|neighbour|behaviour|colour|favour|(label|model)l(ed|ing)|\bgrey)\w*",
+    re.IGNORECASE,
+)
 #: comments that switch a check of ruff or pyright off, with the names of the checks
 SUPPRESSION = re.compile(
     r"#\s*(noqa|type: ignore|pyright: ignore)(:\s*[A-Z]+\d+(,\s*[A-Z]+\d+)*|\[[\w, -]+\])?(?P<reason>.*)"
@@ -39,7 +46,7 @@ Counts = dict[str, dict[str, int]]
 
 
 class Fault(NamedTuple):
-    """A fault of one kind (``opening``, ``name``, ``word`` or ``suppression``) at a line."""
+    """A fault of one kind (``opening``, ``name``, ``word``, ``spelling`` or ``suppression``) at a line."""
 
     kind: str
     line: int
@@ -79,6 +86,8 @@ def faults(source: str) -> list[Fault]:
                 Fault("word", line, f"{match.group()!r} in a docstring: use subpackage, import rule or layout")
             )
     for line, text in enumerate(source.splitlines(), start=1):
+        for match in BRITISH.finditer(text):
+            result.append(Fault("spelling", line, f"{match.group()!r}: the spelling is American"))
         if (match := SUPPRESSION.search(text)) and not re.search(r"\w", match["reason"].partition("# fmt:")[0]):
             result.append(
                 Fault("suppression", line, f"{match.group().strip()!r} gives no reason: append it after the code")

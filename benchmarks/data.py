@@ -1,6 +1,6 @@
 """Images a second of the strong CIFAR pipeline, against timm's loader over the same bytes.
 
-Both sides hold the same 32x32 images in memory as bytes and give normalised float32 batches of 96 with soft
+Both sides hold the same 32x32 images in memory as bytes and give normalized float32 batches of 96 with soft
 targets: padded random crop, flip, RandAugment rand-m9-n2-mstd1.0, mixup 1.0 or CutMix 0.8, smoothing 0.1.
 timm's side is `create_loader` with its prefetcher and `FastCollateMixup`, its random resized crop replaced by
 the padded crop of the recipe.

@@ -40,6 +40,8 @@ def check_style() -> ModuleType:
         ('def f():\n    """Return the measures of a room."""', ["word"]),
         ('"""A mushroom in a warehouse."""', []),
         ('"""Read runs."""\nruns = sorted(())', []),
+        ('"""Normalised rows of a neighbour."""', ["spelling", "spelling"]),
+        ('"""Normalized rows of a neighbor, analyses of precise promises."""', []),
         ("x = 1  # noqa: B009", ["suppression"]),
         ("x = 1  # type: ignore[arg-type]  # fmt: skip", ["suppression"]),
         ("x = 1  # noqa: B009  declared at run time only", []),

@@ -76,7 +76,7 @@ def test_figures_and_tables_are_drawn_and_runs_shared(tmp_path: Path, capsys: py
     assert (tmp_path / "figures/fig4/hessian-end.png").stat().st_size > 1000
     assert (tmp_path / "figures/fig5/numbers.png").stat().st_size > 1000
     text = (tmp_path / "figures/fig5/numbers.md").read_text()
-    assert text.count("0.5") >= 4  # test error and the slice's NLL at the centre, both 0.5, of both models
+    assert text.count("0.5") >= 4  # test error and the slice's NLL at the center, both 0.5, of both models
     assert "[2/2" in capsys.readouterr().err
 
 

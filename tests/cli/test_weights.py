@@ -43,7 +43,7 @@ def loaded(file: Path) -> torch.nn.Module:
     return models.load_official_state_dict(models.convnet(18), torch.load(file, weights_only=True)).eval()
 
 
-def test_an_official_file_is_analysed(call, file, tmp_path) -> None:
+def test_an_official_file_is_analyzed(call, file, tmp_path) -> None:
     assert call("analyze", *RESNET, *EVALUATE, f"ckpt_path={file}", f"paths.runs={tmp_path}/runs") == 0
     (result,) = vs.load_results(only_run(tmp_path))["evaluation"].values()
     cfg = only_run(tmp_path) / "config.yaml"

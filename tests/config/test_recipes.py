@@ -66,7 +66,7 @@ def test_the_papers_experiments_use_the_strong_recipe(experiment: str) -> None:
         ("cifar10", [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]),
     ],
 )
-def test_normalisation(data: str, mean: list[float], std: list[float]) -> None:
+def test_normalization(data: str, mean: list[float], std: list[float]) -> None:
     cfg = composed("train", f"data={data}")
     assert (list(cfg.data.mean), list(cfg.data.std)) == (mean, std)
 

@@ -17,7 +17,7 @@ from vitscope.runtime import distributed
 from vitscope.runtime.errors import ConfigError, DataError
 
 
-def test_loaders_give_normalised_images_and_indices():
+def test_loaders_give_normalized_images_and_indices():
     data = module()
     data.setup()
     x, y = next(iter(data.train_dataloader()))
@@ -240,7 +240,7 @@ def test_the_number_of_classes_is_checked_against_the_data():
 def test_labels_out_of_range_and_empty_splits_are_refused():
     def broken(split, *, root=None, split_seed=0):
         images = small(split)
-        return images.relabelled(images.labels + 1) if split == "train" else images.select(np.arange(0))
+        return images.relabeled(images.labels + 1) if split == "train" else images.select(np.arange(0))
 
     data = DataModule(broken, name="broken", root="there", num_classes=3)
     with pytest.raises(DataError, match=r"data\.num_classes=3: the train split of broken has labels from 1 to 3"):

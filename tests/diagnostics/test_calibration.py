@@ -103,7 +103,7 @@ def test_equal_mass_does_not_tear_ties_apart() -> None:
     assert _bins.equal_mass(confidence, correct[::-1], 10).count.tolist() == [100.0]
 
 
-def test_temperature_minimises_the_validation_likelihood() -> None:
+def test_temperature_minimizes_the_validation_likelihood() -> None:
     logits, labels = drawn(seed=1)
     result = calibration(probe_of(*drawn()), validation=probe_of(logits, labels))
     assert result.temperature is not None

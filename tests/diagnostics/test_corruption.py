@@ -21,15 +21,15 @@ from vitscope.runtime.errors import DataError
 class ReadsPixels(nn.Module):
     """Predicts the class that the mean pixel of the image codes: 20 levels a class."""
 
-    centres: torch.Tensor
+    centers: torch.Tensor
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
-        self.register_buffer("centres", (20 * torch.arange(classes) + 10).double())
+        self.register_buffer("centers", (20 * torch.arange(classes) + 10).double())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         level = 255 * (0.25 * x + 0.5).mean((1, 2, 3))
-        return -((level[:, None] - self.centres) ** 2)
+        return -((level[:, None] - self.centers) ** 2)
 
 
 def coded(classes: np.ndarray, side: int = 8) -> np.ndarray:
@@ -54,7 +54,7 @@ def predictions(kind: int, severity: int) -> np.ndarray:
 
 
 def test_published_errors_have_the_published_means() -> None:
-    # the normalisers in use everywhere (Hendrycks' evaluation code), in the order of COMMON
+    # the normalizers in use everywhere (Hendrycks' evaluation code), in the order of COMMON
     known = (0.886428, 0.894468, 0.922640, 0.819880, 0.826268, 0.785948, 0.798360, 0.866816, 0.826572, 0.819324,
              0.564592, 0.853204, 0.646056, 0.717840, 0.606500)  # fmt: skip
     np.testing.assert_allclose([np.mean(ALEXNET["imagenet"][name]) for name in COMMON], known, atol=1e-9)

@@ -47,7 +47,7 @@ def test_damage_grows_with_every_step_on_photos() -> None:
 
 
 @pytest.mark.parametrize("name", GROWING)
-def test_damage_grows_with_every_step_on_a_colour_image(name: str) -> None:
+def test_damage_grows_with_every_step_on_a_color_image(name: str) -> None:
     for side in (32, 64, 128, 160):  # two sides of each table
         x = cat(side)
         damage = [np.mean([np.square(corrupted(x, name, s, rng(i)) - x).mean() for i in range(4)]) for s in SEVERITIES]
@@ -89,7 +89,7 @@ def test_noises_have_their_moments() -> None:
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)
-def test_colour_changes_equal_skimage(severity: int) -> None:
+def test_color_changes_equal_skimage(severity: int) -> None:
     x = np.round(255 * cat()) / 255
     hsv = skimage.color.rgb2hsv(x)
     hsv[..., 2] = np.clip(hsv[..., 2] + SMALL["brightness"][severity - 1][0], 0, 1)

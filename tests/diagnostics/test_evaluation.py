@@ -56,8 +56,8 @@ def test_accuracies_equal_timms(size: int) -> None:
 def test_the_interval_is_wilsons() -> None:
     result = evaluation(probe_of(*drawn()))
     z, n, p = norm.ppf(0.975), 90, result.accuracy
-    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = [(centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)]
+    center, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = [(center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)]
     assert [result.accuracy_lower, result.accuracy_upper] == pytest.approx(expected, rel=1e-9)
 
 

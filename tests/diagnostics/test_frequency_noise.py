@@ -30,7 +30,7 @@ def test_only_noise_in_the_bins_a_model_looks_at_changes_its_answers(size: tuple
     assert result.n_images == 6
 
 
-def test_all_bands_have_the_same_rms_in_pixels_and_the_normalisation_scales_it():
+def test_all_bands_have_the_same_rms_in_pixels_and_the_normalization_scales_it():
     seen = []
 
     class Record(nn.Module):
@@ -148,9 +148,9 @@ def test_logits_that_are_not_finite_are_null():
     assert np.isnan(result.accuracy_change[1])
 
 
-def test_without_a_normalisation_images_are_taken_for_pixels_with_a_warning():
+def test_without_a_normalization_images_are_taken_for_pixels_with_a_warning():
     probe = vs.Probe(Detector(np.zeros((8, 8))), [(flat(3, 8, 8), torch.zeros(3, dtype=torch.long))])
-    with pytest.warns(UserWarning, match=r"frequency_noise_robustness: no normalisation is known"):
+    with pytest.warns(UserWarning, match=r"frequency_noise_robustness: no normalization is known"):
         vs.frequency_noise_robustness(probe, n_bands=1)
     vs.frequency_noise_robustness(probe, n_bands=1, mean=[0.5], std=[0.2])
 

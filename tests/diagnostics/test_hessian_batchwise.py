@@ -87,11 +87,11 @@ class Drawn(nn.Linear):
         return super().forward(x.flatten(1)) * (2.0 if float(x.sum()) > -1e9 else 1.0)
 
 
-def test_what_cannot_be_analysed_at_once_is_refused():
+def test_what_cannot_be_analyzed_at_once_is_refused():
     model, x, y = make("conv", n=6)
     probe = probe_of(model, x, y)
     for options, message in (
-        ({"bn": "batch"}, "Expected bn='eval' to analyse several batches at once .* received 'batch'"),
+        ({"bn": "batch"}, "Expected bn='eval' to analyze several batches at once .* received 'batch'"),
         ({"operator": "ggn"}, "Expected operator=hessian .* received 'ggn'"),
         ({"product": "linearize"}, "Expected product=reverse .* received 'linearize'"),
         ({"micro_batch": 2}, "Expected micro_batch=None .* received 2"),

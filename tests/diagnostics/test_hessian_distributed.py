@@ -41,7 +41,7 @@ def curvatures(sizes: tuple[int, ...]) -> dict:
         "hutch++": vs.hessian_trace(probe, n_vectors=9, method="hutch++"),
         "critical point": vs.critical_point(adamw, n_points=5),
         "rayleigh": vs.rayleigh_split(probe, k=2, n_ends=1),
-        "normalised": vs.normalized_hessian(probe, k=2),
+        "normalized": vs.normalized_hessian(probe, k=2),
         "preconditioned": vs.preconditioned_sharpness(adamw, lr=1e-3, k=1),
         "nep": vs.nep_stability(probe, ks=(1, 2), batch_sizes=(5, 10), tols=(1e-1, 1e-3), k=2),
         "bn": vs.bn_policy(probe, n_top=2),
@@ -52,7 +52,7 @@ def others(sizes: tuple[int, ...]) -> dict:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=16, patch_size=4, num_classes=4, embed_dim=8, depth=2, num_heads=2).double()
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # attention is uniform at initialisation, and what varies between images is rounding
+    with torch.no_grad():  # attention is uniform at initialization, and what varies between images is rounding
         for p in model.parameters():
             p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     x = torch.randn(12, 3, 16, 16, generator=generator, dtype=torch.float64)

@@ -29,7 +29,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "enabled", False)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -39,13 +39,13 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return randomised(VisionTransformer(8, 4, num_classes=5, embed_dim=12, depth=3, num_heads=3, mlp_ratio=2))
+    return randomized(VisionTransformer(8, 4, num_classes=5, embed_dim=12, depth=3, num_heads=3, mlp_ratio=2))
 
 
 def resnet() -> nn.Module:
     model = ResNet(Bottleneck, (2, 1, 1, 1), num_classes=5, channels=(4, 6, 6, 6))
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1), nn.Identity()
-    return randomised(model)
+    return randomized(model)
 
 
 def batches(n: int = 12, size: int = 5, side: int = 8) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -32,7 +32,7 @@ def test_a_bowl_has_its_known_values_everywhere():
     np.testing.assert_allclose(np.diff(r.nll[:, 2], 2), curvature, rtol=1e-10)
 
 
-def test_the_centre_is_the_objective():
+def test_the_center_is_the_objective():
     probe = real()
     r = vs.loss_landscape(probe, n=3)
     with probe.guard() as model:

@@ -40,11 +40,11 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 
 
 def notebook(x: np.ndarray) -> np.ndarray:
-    """The recipe of the official notebook, step by step: transform, logarithm, centre, means, diagonal, first."""
+    """The recipe of the official notebook, step by step: transform, logarithm, center, means, diagonal, first."""
     logs = np.log(np.abs(np.fft.fft2(x)) + 1e-6)
     h = x.shape[-1]
-    centred = np.roll(np.roll(logs, h // 2, axis=-1), h // 2, axis=-2).mean(axis=(0, 1))
-    curve = np.diag(centred)[h // 2 :]
+    centered = np.roll(np.roll(logs, h // 2, axis=-1), h // 2, axis=-2).mean(axis=(0, 1))
+    curve = np.diag(centered)[h // 2 :]
     return curve - curve[0]
 
 
@@ -188,7 +188,7 @@ def test_one_bad_tap_leaves_the_others():
     with pytest.warns(NullWarning, match=r"null for tap1 \(activations are not finite\)$"):
         result = vs.relative_log_amplitude(Spoiled(3).probe(x))
     assert np.isfinite(result.high_frequency[[0, 2]]).all()
-    assert np.isnan(result.high_frequency_change).all()  # both neighbours of the spoiled tap
+    assert np.isnan(result.high_frequency_change).all()  # both neighbors of the spoiled tap
 
 
 def test_last_is_the_last_map_that_has_frequencies():

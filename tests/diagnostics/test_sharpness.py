@@ -43,7 +43,7 @@ def test_l2_rises_have_their_closed_forms():
     w = probe.model[0].weight.detach()
     square = float(w.square().sum())
     for i, radius in enumerate(r.radii):
-        # a filter-normalised direction is as long as the weights, and both signs cancel the product with them
+        # a filter-normalized direction is as long as the weights, and both signs cancel the product with them
         np.testing.assert_allclose(r.l2_half_sq_rise_by_pair[i], 0.15 * radius**2 * square, rtol=1e-9)
         assert r.scalars()[f"l2_half_sq_rise_r{radius:g}"] == pytest.approx(0.15 * radius**2 * square, rel=1e-9)
     names, own = canonical_names(probe.model), probe.parameters()

@@ -38,7 +38,7 @@ def sharp(number: float, model: str, **changes: Any) -> SharpnessResult:
 
 
 def surface(number: float, model: str) -> LossLandscapeResult:
-    """Return a surface that is 0 at its centre and ``number`` at its border, with an L2 that rises twice as far for ConvNets."""
+    """Return a surface that is 0 at its center and ``number`` at its border, with an L2 that rises twice as far for ConvNets."""
     ring = np.ones((3, 3)) - np.eye(3)[1][:, None] * np.eye(3)[1]
     l2 = ring * (2.0 if model == "convnet" else 1.0)
     nothing = np.zeros((3, 3))

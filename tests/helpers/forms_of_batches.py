@@ -93,7 +93,7 @@ def _in_batches(*tensors: Tensor, size: int) -> list[tuple[Tensor, ...]]:
 in_batches = functools.partial(_in_batches, size=4)
 
 
-#: what images are normalised by, and what shape_bias and evaluation know of the classes
+#: what images are normalized by, and what shape_bias and evaluation know of the classes
 ABOUT = {"mean": [0.0] * 3, "std": [1.0] * 3, "num_classes": N_CLASSES, "textures": [0] * N_IMAGES}
 
 

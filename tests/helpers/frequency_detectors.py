@@ -41,7 +41,7 @@ def mirrored(h: int, w: int, *bins: tuple[int, int]) -> np.ndarray:
 
 
 def flat(n: int, h: int, w: int) -> torch.Tensor:
-    """Images of one grey each: no frequency but 0."""
+    """Images of one gray each: no frequency but 0."""
     return torch.linspace(0.2, 0.8, n, dtype=torch.float64)[:, None, None, None].expand(n, 3, h, w).clone()
 
 

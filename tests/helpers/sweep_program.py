@@ -1,6 +1,6 @@
 """A program that behaves as ``train.py`` towards a sweep (run folder, result files, signals) and takes no time.
 
-The behaviour of a trial is the parameter ``do``: ``finish``, ``fail`` (once; the next start finishes), ``lie`` (exit 0 without
+The behavior of a trial is the parameter ``do``: ``finish``, ``fail`` (once; the next start finishes), ``lie`` (exit 0 without
 a result), ``wait`` (until a signal; saves, exits 143 or 130; the next start finishes), ``learn`` (a metric row every 20 ms),
 ``diverge`` (a last row without a finite metric).
 """

@@ -121,7 +121,7 @@ def test_measures_between_old_files() -> None:
 
 
 def test_an_old_file_in_every_command(call, tiny, tmp_path) -> None:
-    """A residual network's, its names behind ``module.``: analysed, trained from, named as a run's checkpoint, read by name."""
+    """A residual network's, its names behind ``module.``: analyzed, trained from, named as a run's checkpoint, read by name."""
     torch.manual_seed(0)
     state = models.convnet(18, num_classes=16).state_dict()
     file = tmp_path / "resnet.th"

@@ -22,7 +22,7 @@ def test_channels_classes_and_options_are_passed_on() -> None:
     assert model.layer1[0].bn2.weight.abs().min() == 1
 
 
-def test_an_unknown_name_has_its_neighbours_in_the_error() -> None:
+def test_an_unknown_name_has_its_neighbors_in_the_error() -> None:
     with pytest.raises(ValueError, match=r"timm has no model 'resnet5O'; did you mean resnet50"):
         models.timm_model("resnet5O")
     with pytest.raises(ValueError, match=r"see timm.list_models"):

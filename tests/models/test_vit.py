@@ -26,7 +26,7 @@ def test_global_attention_equals_torchs() -> None:
 
 
 def brute_force(attention: SelfAttention, x: torch.Tensor, side: int, kernel: int, zero: bool) -> torch.Tensor:
-    """One query at a time, its neighbours in a list; with ``zero`` those outside are zero keys and values."""
+    """One query at a time, its neighbors in a list; with ``zero`` those outside are zero keys and values."""
     b, n, _ = x.shape
     heads, d = attention.num_heads, attention.head_dim
     q, k, v = attention.qkv(x).reshape(b, n, 3, heads, d).permute(2, 0, 3, 1, 4)

@@ -147,7 +147,7 @@ def test_slurm_and_torchrun_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match="no SLURM here"):
         hydra_multirun.check(["-m", "hydra/launcher=slurm"])
-    with pytest.raises(ConfigError, match="would minimise the accuracy; use hydra/sweeper=bayes"):
+    with pytest.raises(ConfigError, match="would minimize the accuracy; use hydra/sweeper=bayes"):
         hydra_multirun.check(["-m", "hydra/sweeper=optuna"])
     hydra_multirun.check(["-m", "hydra/launcher=local", "hydra/sweeper=bayes"])
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -124,7 +124,7 @@ def test_refusals() -> None:
 
 
 class Seen(nn.Module):
-    """A normalised and a dropped layer that note what they are given and give."""
+    """A normalized and a dropped layer that note what they are given and give."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ def untrained_model(cfg: DictConfig, network: nn.Module) -> nn.Module | None:
     A network without training has no change to measure: its difference from itself would be zeros that look like a result.
 
     Args:
-        cfg: the run's configuration; pretrained weights are left out, which are no initialisation.
+        cfg: the run's configuration; pretrained weights are left out, which are no initialization.
         network: the network that is measured.
     """
     initial = factories.model(_untrained(cfg))
@@ -172,7 +172,7 @@ def _has_equal_weights(network: nn.Module, other: nn.Module) -> bool:
 
 
 def _untrained(cfg: DictConfig) -> DictConfig:
-    """Return the configuration without pretrained weights, which are no initialisation."""
+    """Return the configuration without pretrained weights, which are no initialization."""
     if not cfg.model.get("pretrained", False):
         return cfg
     cfg = copy.deepcopy(cfg)

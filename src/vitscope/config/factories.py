@@ -27,7 +27,7 @@ from vitscope.runtime.errors import CheckpointError, ConfigError, DataError, Str
 
 
 def model(cfg: DictConfig) -> nn.Module:
-    """Return the network that ``cfg.model`` describes, initialised from ``cfg.seed`` whatever was drawn before.
+    """Return the network that ``cfg.model`` describes, initialized from ``cfg.seed`` whatever was drawn before.
 
     Raises:
         ConfigError: arguments that do not fit together, or a target that is not a module.
@@ -131,7 +131,7 @@ def objective(cfg: DictConfig, *, smoothing: float, scale: Mapping[str, Tensor] 
     node = cfg.objective
     if node.l2 == "adamw" and scale is None and node.weight_decay > 0:
         raise ConfigError("objective.l2", "adamw", "needs the second moments of a trained AdamW",
-                          "analyse a run's checkpoint, or set objective.l2=half_sq")  # fmt: skip
+                          "analyze a run's checkpoint, or set objective.l2=half_sq")  # fmt: skip
     return Objective(
         weight_decay=float(node.weight_decay),
         l2=node.l2,

@@ -1,4 +1,4 @@
-"""Between a model's normalised inputs and pixels in [0, 1], where noise, corruptions and attacks are defined,
+"""Between a model's normalized inputs and pixels in [0, 1], where noise, corruptions and attacks are defined,
 and in which figures show images.
 """
 
@@ -16,7 +16,7 @@ from vitscope.core.probe import Probe
 
 @dataclass(frozen=True)
 class Pixels:
-    """A data set's normalisation, ``input = (pixel - mean) / std`` for each channel.
+    """A data set's normalization, ``input = (pixel - mean) / std`` for each channel.
 
     Attributes:
         mean: (C, 1, 1), or (1, 1, 1) for all channels alike.
@@ -27,7 +27,7 @@ class Pixels:
     std: Tensor
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        """Return the pixels of normalised images ``(B, C, H, W)``, in their dtype and on their device."""
+        """Return the pixels of normalized images ``(B, C, H, W)``, in their dtype and on their device."""
         return x * self.std.to(x) + self.mean.to(x)
 
     def to_input(self, pixels: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class Pixels:
 
 
 def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> Pixels:
-    """Return the normalisation of a probe's data: the values given here, else those of ``probe.about``.
+    """Return the normalization of a probe's data: the values given here, else those of ``probe.about``.
 
     Raises:
         ValueError: neither is there, their lengths differ, or a standard deviation is not above 0.
@@ -45,7 +45,7 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
     std = std if std is not None else probe.about.get("std")
     if mean is None or std is None:
         raise ValueError(
-            "Expected the normalisation of the data (images are changed in pixel space), received none: pass mean=... and "
+            "Expected the normalization of the data (images are changed in pixel space), received none: pass mean=... and "
             "std=..., or Probe(..., about={'mean': ..., 'std': ...}); mean=[0], std=[1] for images that are pixels already."
         )
     # two of (C, 1, 1)

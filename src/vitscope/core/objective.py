@@ -1,4 +1,4 @@
-"""The loss that training minimises and that the diagnostics differentiate.
+"""The loss that training minimizes and that the diagnostics differentiate.
 
 ``objective = mean over examples of a loss + one L2 term over all parameters``. The loss is the cross entropy, another one of
 `vitscope.core.losses.named_losses`, or a callable. The forms of the L2 term are those of Park & Kim (ICLR 2022), their released

@@ -35,7 +35,7 @@ class Tap:
         name: Unique name, such as ``blocks.0.attn``.
         kind: What produced the map: ``stem conv msa mlp pool head``.
         stage: 0 for the stem, then from 1.
-        depth: Normalised depth, index / (number of taps - 1), from 0 to 1.
+        depth: Normalized depth, index / (number of taps - 1), from 0 to 1.
         module: The module whose output or first input is the map.
         at: Which of the two; ``sum`` for an addition in the module's forward that no module returns or takes.
         layout: Axes of that tensor: ``NCHW``, ``NHWC``, ``NLC`` (tokens), ``NCL`` or ``LNC``; ``unknown`` for one that is no map.

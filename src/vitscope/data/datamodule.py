@@ -66,7 +66,7 @@ class DataModule(pl.LightningDataModule):
         label_smoothing: Smoothing of mixed targets.
         random_labels: Train on labels in random order (the random-label baseline).
         drop_last: Leave out the last, smaller training batch.
-        crop_pct: Share of the resized image that the centre crop of files keeps.
+        crop_pct: Share of the resized image that the center crop of files keeps.
         interpolation: Resizing filter of files.
         crop_mode: `center`, `squash` or `border`: how files are resized before the crop (see `Recipe`).
         background: Red, green and blue, 0 to 255, that show through transparent pixels of files.
@@ -76,7 +76,7 @@ class DataModule(pl.LightningDataModule):
 
     Raises:
         ConfigError: A value out of range, or a number of classes that is not the data's.
-        DataError: Data that is missing, unreadable, empty, or labelled out of range.
+        DataError: Data that is missing, unreadable, empty, or labeled out of range.
     """
 
     def __init__(
@@ -350,5 +350,5 @@ class DataModule(pl.LightningDataModule):
         if self.fraction < 1:
             images = images.select(splits.fraction(images.labels.numpy(), self.fraction, seed=self.split_seed))
         if self.random_labels:
-            images = images.relabelled(torch.from_numpy(splits.permuted(images.labels.numpy(), seed=self.split_seed)))
+            images = images.relabeled(torch.from_numpy(splits.permuted(images.labels.numpy(), seed=self.split_seed)))
         return images

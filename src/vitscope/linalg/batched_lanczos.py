@@ -33,7 +33,7 @@ ROWS = 48
 
 
 class CannotBatch(ValueError):
-    """Batches cannot be analysed at once; the message says why."""
+    """Batches cannot be analyzed at once; the message says why."""
 
 
 class SideBySide:
@@ -51,7 +51,7 @@ class SideBySide:
         if reason := obstacle(curvatures):
             raise CannotBatch(reason)
         if len({(x.shape, y.shape) for _, (x, y) in group}) > 1:
-            raise CannotBatch("Expected batches of equal shape to analyse them at once, received several shapes.")
+            raise CannotBatch("Expected batches of equal shape to analyze them at once, received several shapes.")
         self.made, self.group = curvatures, list(group)
         self.operators = [curvatures.batch(index, batch) for index, batch in group]
         self.x, self.y = (torch.stack(parts) for parts in zip(*(batch for _, batch in group)))  # (B, b, ...)
@@ -111,13 +111,13 @@ def obstacle(curvatures: Curvatures) -> str:
     for name, value in required.items():
         if getattr(options, name) != value:
             received = getattr(options, name)
-            return f"Expected {name}={value} to analyse several batches at once, received {received!r}."
+            return f"Expected {name}={value} to analyze several batches at once, received {received!r}."
     if options.bn != "eval":
-        return f"Expected bn='eval' to analyse several batches at once (statistics are each batch's), received {options.bn!r}."
+        return f"Expected bn='eval' to analyze several batches at once (statistics are each batch's), received {options.bn!r}."
     if callable(curvatures.probe.objective.loss):
-        return "Expected a named loss to analyse several batches at once, received a loss of your own."
+        return "Expected a named loss to analyze several batches at once, received a loss of your own."
     if not curvatures.probe.takes_images:
-        return "Expected batches of images alone to analyse several at once, received batches of more entries."
+        return "Expected batches of images alone to analyze several at once, received batches of more entries."
     return ""
 
 

@@ -3,7 +3,7 @@
 An eigenvalue lies within a Ritz pair's residual r of its value, and within r^2/gap where the rest of the spectrum is gap away
 (Parlett, The Symmetric Eigenvalue Problem, ch. 11). A Krylov space holds one direction of each eigenvalue: of a cluster tighter
 than the tolerance it may show only some members. An eigenvalue of which the start vector has next to nothing may be passed over
-while its neighbours look converged; before it appears their residuals rise again, so a search ends after `CONFIRMATIONS`
+while its neighbors look converged; before it appears their residuals rise again, so a search ends after `CONFIRMATIONS`
 products in a row with which all is known.
 """
 
@@ -215,7 +215,7 @@ def _check(size: int, k: int, which: str, tol: float, max_products: int) -> None
     if which not in WHICH:
         raise ValueError(f"Expected which to be one of {', '.join(WHICH)}, received {which!r}.")
     if k < 1 or k > size:
-        raise ValueError(f"Expected between 1 and {size} eigenvalues (the parameters analysed), received k={k}.")
+        raise ValueError(f"Expected between 1 and {size} eigenvalues (the parameters analyzed), received k={k}.")
     check_stopping_rule(tol, max_products)
 
 

@@ -61,12 +61,12 @@ def moments_of(samples: Tensor) -> tuple[int, Tensor, Tensor]:
     return len(samples), mean, _scatter(samples - mean)
 
 
-def _scatter(centred: Tensor) -> Tensor:
-    """Return ``centred.T @ centred`` of ``(n, C)``; of wide matrices only what lies right of the diagonal is computed."""
-    channels = centred.shape[1]
-    scatter = centred.new_empty(channels, channels)
+def _scatter(centered: Tensor) -> Tensor:
+    """Return ``centered.T @ centered`` of ``(n, C)``; of wide matrices only what lies right of the diagonal is computed."""
+    channels = centered.shape[1]
+    scatter = centered.new_empty(channels, channels)
     for start in range(0, channels, _STRIP):
-        strip = centred[:, start : start + _STRIP].T @ centred[:, start:]
+        strip = centered[:, start : start + _STRIP].T @ centered[:, start:]
         scatter[start : start + _STRIP, start:] = strip
         scatter[start:, start : start + _STRIP] = strip.T
     return scatter

@@ -1,7 +1,7 @@
 """Power iteration with PyHessian's stopping rule, so that numbers published with it can be compared.
 
 One eigenvector after the other: a random unit vector is multiplied, projected off the earlier vectors before each product,
-and normalised; its Rayleigh quotient is the value. It stops when that changes by less than ``tol`` relative to the value
+and normalized; its Rayleigh quotient is the value. It stops when that changes by less than ``tol`` relative to the value
 before (plus 1e-6), or after ``max_iterations``. A small change is no bound on the error: slow convergence looks like
 convergence, and of two eigenvalues +a and -a it sees a mixture. The residuals say so.
 """
@@ -41,7 +41,7 @@ def power_iteration(
         ValueError: ``k`` not between 1 and the size.
     """
     if not 1 <= k <= len(like):
-        raise ValueError(f"Expected between 1 and {len(like)} eigenvalues (the parameters analysed), received k={k}.")
+        raise ValueError(f"Expected between 1 and {len(like)} eigenvalues (the parameters analyzed), received k={k}.")
     generator = torch.Generator().manual_seed(seed)
     eigenvectors: list[Tensor] = []
     rows, n_products = [], 0

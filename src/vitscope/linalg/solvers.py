@@ -55,7 +55,7 @@ def solve(
     check_solver(solver)
     if not 1 <= k <= operator.size:
         raise ValueError(
-            f"Expected between 1 and {operator.size} eigenvalues (the parameters analysed), received k={k}."
+            f"Expected between 1 and {operator.size} eigenvalues (the parameters analyzed), received k={k}."
         )
     needed = vectors or operator.objective.l2 in ("sum_norm", "adamw")
     if solver == "power":

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from vitscope.plotting.canvas import Canvas, kind_color
 from vitscope.plotting.style import KIND_LABELS, KIND_MARKERS
 
-#: color and label of the bands: grey behind attention, blue behind pooling and subsampling, as in the paper
+#: color and label of the bands: gray behind attention, blue behind pooling and subsampling, as in the paper
 BANDS = {"msa": ("0.85", "MSA block"), "pool": ("#cfe3f5", "Pooling, subsampling")}
 
 #: label of the horizontal axis: 0 at the first tap, 1 at the last

@@ -68,7 +68,7 @@ class Entry:
 
     @property
     def untrained(self) -> bool:
-        """Whether one of our models was analysed as it was built, without weights from anywhere."""
+        """Whether one of our models was analyzed as it was built, without weights from anywhere."""
         node = self.config.get("model") or {}
         is_builtin = str(node.get("_target_", "")).startswith("vitscope.models.")
         return is_builtin and not (self.trained or node.get("pretrained") or self.config.get("ckpt_path"))

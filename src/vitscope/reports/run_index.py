@@ -61,7 +61,7 @@ def labeled(entries: Sequence[Entry]) -> list[Entry]:
         if _rank(entry) >= _rank(best):
             counting[entry.group, entry.seed] = entry
     counting_ids = {entry.id for entry in counting.values()}
-    labelled = [
+    labeled = [
         replace(
             entry,
             label=labels[entry.group],
@@ -69,7 +69,7 @@ def labeled(entries: Sequence[Entry]) -> list[Entry]:
         )
         for entry in entries
     ]
-    return sorted(labelled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
+    return sorted(labeled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
 
 
 def _labels(entries: Sequence[Entry]) -> dict[str, str]:

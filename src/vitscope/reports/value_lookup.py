@@ -75,7 +75,7 @@ class Selection:
         return Value(None, FAILED, "not finite") if number is None or not math.isfinite(number) else Value(number)
 
     def evaluation(self, entry: Entry, metric: str) -> Measured | None:
-        """Return the `vs.evaluation` of an analysed model that stands for a metric such as ``test/accuracy``, if there is one.
+        """Return the `vs.evaluation` of an analyzed model that stands for a metric such as ``test/accuracy``, if there is one.
 
         It is that of the tables' moment, under the conditions that most runs share, on the metric's split and over all classes.
         """

@@ -21,7 +21,7 @@ class VitscopeError(Exception):
 
     Args:
         key: Dotted configuration key, such as `data.root`.
-        value: The offending value as the user would recognise it; None leaves it out of the text.
+        value: The offending value as the user would recognize it; None leaves it out of the text.
         why: What is wrong.
         fix: What to do about it.
     """

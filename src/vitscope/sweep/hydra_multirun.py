@@ -80,7 +80,7 @@ def check(argv: Sequence[str]) -> None:
             "hydra/launcher", arguments["hydra/launcher"], "no SLURM here (sbatch not found)", "use local"
         )
     if arguments.get("hydra/sweeper") == "optuna" and "hydra.sweeper.direction" not in arguments:
-        reason = "the plugin's default would minimise the accuracy"
+        reason = "the plugin's default would minimize the accuracy"
         raise ConfigError("hydra/sweeper", "optuna", reason, "use hydra/sweeper=bayes, or set hydra.sweeper.direction")
     for key in ("hydra.launcher.tasks_per_node", "hydra.launcher.nodes"):
         if arguments.get(key, "1") != "1":

@@ -344,7 +344,7 @@ def _preserved_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    # torch.manual_seed takes 64 bits; splitmix64's constants spread neighbouring steps over them
+    # torch.manual_seed takes 64 bits; splitmix64's constants spread neighboring steps over them
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + _STEP_STREAM) % 2**64
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     return (mixed ^ (mixed >> 31)) % 2**63

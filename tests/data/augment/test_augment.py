@@ -65,7 +65,7 @@ def test_augmentation_leaves_its_input_alone(images):
     assert torch.equal(images, before)
 
 
-def test_normalise_is_the_definition(images):
+def test_normalize_is_the_definition(images):
     expected = (images.double() / 255 - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
         STD, dtype=torch.float64
     ).view(3, 1, 1)

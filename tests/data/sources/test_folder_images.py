@@ -74,7 +74,7 @@ def test_workers_change_nothing(tmp_path, write_folder):
         assert torch.equal(y, y2)
 
 
-def test_evaluation_resizes_and_crops_the_centre(tmp_path):
+def test_evaluation_resizes_and_crops_the_center(tmp_path):
     (tmp_path / "val" / "cat").mkdir(parents=True)
     pixels = np.full((64, 64, 3), 255, dtype=np.uint8)
     pixels[:, :8] = pixels[:, -8:] = pixels[:8] = pixels[-8:] = 0  # a frame that crop_pct 0.5 cuts off

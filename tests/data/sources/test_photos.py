@@ -53,7 +53,7 @@ def test_crops_are_distinct_and_the_same_every_time(splits):
         assert torch.equal(photos.load(split, split_seed=5).images, images.images)
 
 
-def test_channels_are_equal_and_crops_standardised(splits):
+def test_channels_are_equal_and_crops_standardized(splits):
     images = splits["test"].images
     assert (images == images[:, :1]).all()
     crops = images[:, 0].double()
@@ -62,7 +62,7 @@ def test_channels_are_equal_and_crops_standardised(splits):
     assert (crops.std((1, 2)) / photos.LEVELS - 1).abs().max() < 0.03
 
 
-def test_neither_brightness_nor_contrast_nor_colour_tells_the_class(splits):
+def test_neither_brightness_nor_contrast_nor_color_tells_the_class(splits):
     def statistics(images):
         pixels = images.images.double().flatten(2)
         return torch.cat((pixels.mean(2), pixels.std(2)), dim=1).numpy()  # (N, 6)
@@ -95,7 +95,7 @@ def test_no_photograph_is_downloaded(monkeypatch):
         assert min(photos._photograph(name).size) > 100
 
 
-def test_whole_photographs_are_the_files_in_colour():
+def test_whole_photographs_are_the_files_in_color():
     images = photos.whole("test")
     assert images.class_names == tuple(photos.PHOTOGRAPHS)
     data = DataModule(photos.whole, name="photographs", image_size=224, batch_size=16)

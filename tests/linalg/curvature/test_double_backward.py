@@ -201,7 +201,7 @@ def test_products_of_whole_models(name, kind):
 
 
 @pytest.mark.parametrize("subset", ["layer:conv1", "*.bn1.weight", "layer:fc", ["layer:layer4", "layer:conv1"]])
-def test_parameters_that_are_not_analysed_need_no_gradient(subset):
+def test_parameters_that_are_not_analyzed_need_no_gradient(subset):
     torch.manual_seed(0)
     model, batch = timm.create_model("resnet10t", num_classes=5).eval(), images(2, 32, 5)
     model.fc.bias.requires_grad_(False)

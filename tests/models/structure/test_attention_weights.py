@@ -34,7 +34,7 @@ def test_attention_weights_reproduce_the_attention_of_a_vit() -> None:
 @pytest.mark.parametrize(
     ("name", "shape"), [("alternet", (2 * 16, 6, 16, 16)), ("swin", (2 * 16, 3, 16, 16)), ("convit", (2, 3, 64, 64))]
 )
-def test_attention_weights_of_windows_and_neighbourhoods(name: str, shape: tuple) -> None:
+def test_attention_weights_of_windows_and_neighborhoods(name: str, shape: tuple) -> None:
     model = from_config(name)
     read: list[Tensor] = []
     found = units(model)

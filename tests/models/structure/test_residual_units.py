@@ -51,9 +51,9 @@ def test_branches_of_a_vit() -> None:
     read = branches(model, x := image())
     with torch.no_grad():
         block, tokens = model.blocks[0], model._pos_embed(model.patch_embed(x))
-        normalised = block.norm1(tokens)
-        out = block.attn(normalised)
-    assert torch.equal(read["blocks.0.attn", "input"].flatten(2).mT, normalised[:, 1:])
+        normalized = block.norm1(tokens)
+        out = block.attn(normalized)
+    assert torch.equal(read["blocks.0.attn", "input"].flatten(2).mT, normalized[:, 1:])
     assert (read["blocks.0.attn", "output"].flatten(2).mT - out[:, 1:]).abs().max() < 1e-12
 
 

@@ -14,7 +14,7 @@ def collect(root: Path) -> list[run_entry.Entry]:
     return run_index.collect(run_search.every(root / "runs"))
 
 
-def test_a_model_stands_beside_its_initialisation_and_random_labels(make_run: Callable, tmp_path: Path) -> None:
+def test_a_model_stands_beside_its_initialization_and_random_labels(make_run: Callable, tmp_path: Path) -> None:
     for seed in (1, 0):
         make_run("vit", seed, data__random_labels=False, measured={"slice": curve(), "slice@init": curve(depth=2.0)})
     random = make_run("vit", 0, data__random_labels=True, measured={"slice": curve(), "slice@init": curve(depth=2.0)})

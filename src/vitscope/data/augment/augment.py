@@ -46,7 +46,7 @@ class Recipe:
         flip: Whether crop_flip flips (left and right mean something for digits).
         crop_fill: Byte that pads the image before its random crop.
         random_erasing: Probability of erasing a rectangle to the mean.
-        crop_pct: Share of the resized image that the centre crop of files keeps.
+        crop_pct: Share of the resized image that the center crop of files keeps.
         interpolation: Resizing filter of files.
         crop_mode: How files are brought to `image_size / crop_pct` before the crop: `center` (shorter side), `squash` (both
             sides, whatever their ratio) or `border` (longer side, the rest filled with the mean).

@@ -92,7 +92,7 @@ def sharpness(images: Bytes, factor: Floats) -> Bytes:
 
 
 def rotate(images: Bytes, degrees: Floats, fill: Bytes, *, bicubic: bool) -> Bytes:
-    """Turn each image about its centre, counter-clockwise by `degrees` `(B,)`.
+    """Turn each image about its center, counter-clockwise by `degrees` `(B,)`.
 
     Args:
         images: Bytes `(B, 3, H, W)`.

@@ -41,7 +41,7 @@ class ArrayImages:
         attributes = {name: values[selected] for name, values in self.attributes.items()}
         return replace(self, images=self.images[selected], labels=self.labels[selected], attributes=attributes)
 
-    def relabelled(self, labels: Tensor) -> ArrayImages:
+    def relabeled(self, labels: Tensor) -> ArrayImages:
         """Return the same images with other labels."""
         return replace(self, labels=labels)
 

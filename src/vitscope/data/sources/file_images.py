@@ -48,7 +48,7 @@ class FileImages:
         paths = tuple(self.paths[index] for index in selected)
         return replace(self, paths=paths, labels=self.labels[torch.from_numpy(selected)])
 
-    def relabelled(self, labels: Tensor) -> FileImages:
+    def relabeled(self, labels: Tensor) -> FileImages:
         """Return the same images with other labels."""
         return replace(self, labels=labels)
 

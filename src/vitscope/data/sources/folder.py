@@ -126,7 +126,7 @@ def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:
         _report_assumption(
             root,
             f"no test folder: the test split is the images of {val_folder_name}/, which the val split has too; "
-            "metrics of a checkpoint that was chosen on them are optimistic",
+            "metrics of a checkpoint that was chosen on them are optimiztic",
         )
         return folders["val"]
     if not folders:
@@ -158,7 +158,7 @@ def _held_out(images: FileImages, split: str, *, test_share: float, val_share: f
 def _images(
     folder: Path, root: Path, names: tuple[str, ...], classes: str | Sequence[str] | None, *, complete: bool
 ) -> FileImages:
-    """Return the images of a folder, labelled by their class's place in `names`.
+    """Return the images of a folder, labeled by their class's place in `names`.
 
     Args:
         folder: Holds class folders.

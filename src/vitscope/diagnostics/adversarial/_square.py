@@ -65,7 +65,7 @@ def share(query: int, queries: int) -> float:
 def _side(covered: float, shape: torch.Size, norm: str) -> int:
     _, height, width = shape
     side = max(round((covered * height * width) ** 0.5), 1)
-    if norm == "l2":  # a window has a centre
+    if norm == "l2":  # a window has a center
         side = max(side, 3)
         side += side % 2 == 0
     return min(side, height, width)
@@ -174,7 +174,7 @@ def _rise_and_fall(side: int, turned: bool) -> Tensor:
 
 
 def _pyramid(height: int, width: int) -> Tensor:
-    """Return nested rectangles around a centre, the k-th adding 1 / k^2, of norm 1."""
+    """Return nested rectangles around a center, the k-th adding 1 / k^2, of norm 1."""
     grown = torch.zeros(height, width, dtype=torch.float64)
     if not grown.numel():
         return grown

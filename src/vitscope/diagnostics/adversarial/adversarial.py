@@ -111,7 +111,7 @@ def adversarial(
     """Attack every image and measure what accuracy is left.
 
     The model stays in eval mode, and is lifted to float32 from half precision. Changes are measured in pixels, before the
-    normalisation, and pixels stay in [0, 1]. Every attack keeps the worst point that it meets, so more starts or another member
+    normalization, and pixels stay in [0, 1]. Every attack keeps the worst point that it meets, so more starts or another member
     of the suite never raise the accuracy.
 
     The cross entropy is raised by its log odds, log((1 - p) / p): the same direction, but it does not underflow where the margin
@@ -133,13 +133,13 @@ def adversarial(
         iterations: number of iterations of APGD (AutoAttack's 100).
         n_targets: target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
         queries: number of queries of ``square`` (AutoAttack's 5000).
-        mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
+        mean: the data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
         seed: seed of the starts; each image has its own draws.
         partial: finished attacks, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalisation; a model without
+        ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalization; a model without
             gradients and an attack that needs them; another loss than the cross entropy, or batches of more than images and
             targets.
         NumericalError: logits or gradients that are not finite.

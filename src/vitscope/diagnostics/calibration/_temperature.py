@@ -18,7 +18,7 @@ LIMITS = (1e-3, 1e3)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T that minimises the mean negative log-likelihood of ``logits / T`` (Guo et al. 2017, 4.2).
+    """Return the temperature T that minimizes the mean negative log-likelihood of ``logits / T`` (Guo et al. 2017, 4.2).
 
     The likelihood is convex in 1/T, so its slope ``E[sum_k p_k z_k] - E[z_y]`` crosses zero at most once; the crossing is
     bracketed and found by Brent's method. Under ``torch.distributed`` each rank passes its share.

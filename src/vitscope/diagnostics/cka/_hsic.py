@@ -14,7 +14,7 @@ _CHUNK = 1 << 15
 
 
 def gram(features: Tensor) -> Tensor:
-    """Return the Gram matrix ``(n, n)`` of features ``(n, ...)``, float64, centred over the images.
+    """Return the Gram matrix ``(n, n)`` of features ``(n, ...)``, float64, centered over the images.
 
     The estimator does not depend on a common shift, but its rounding does. Features that agree in every image up to the
     rounding of their own dtype have a Gram matrix of exact zeros. Products of a few features at a time are added up in float64
@@ -28,8 +28,8 @@ def gram(features: Tensor) -> Tensor:
     for part in x.split(x.shape[1] if x.is_cuda else max(1, _CHUNK // n), dim=1):
         part = part.double() if exact else part.float()
         mean = part.mean(dim=0)
-        centred = part - mean
-        product += centred @ centred.T
+        centered = part - mean
+        product += centered @ centered.T
         common += n * mean.dot(mean)
     spread = product.diagonal().sum()
     rounding = torch.finfo(features.dtype).eps ** 2 * (spread + common)

@@ -111,13 +111,13 @@ def cka(
 ) -> CKAResult:
     """Compare every pair of feature maps, within a model or between two, on the same images.
 
-    Centred kernel alignment with linear kernels of the flattened maps (all positions and channels, prefix tokens left
+    Centered kernel alignment with linear kernels of the flattened maps (all positions and channels, prefix tokens left
     out): ``mean HSIC_1(K, L) / sqrt(mean HSIC_1(K, K) mean HSIC_1(L, L))``, HSIC_1 unbiased, averaged over mini-batches
     weighted by their images. Source: Nguyen et al. (2021), section 3; docs/definitions.md section 7.
 
     Args:
         probe: model, images and taps; at least four images a batch.
-        other: a second model with the same images in the same batches (each with its own normalisation).
+        other: a second model with the same images in the same batches (each with its own normalization).
         n_permutations: stage boundaries drawn for the null of the block structure; 0 leaves the p-value out.
         seed: seed of that draw.
 

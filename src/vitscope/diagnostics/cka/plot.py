@@ -18,7 +18,7 @@ from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas
 def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.0, cmap: str = "magma") -> Figure:
     """Draw each similarity matrix, first layers at the lower left, with lines between stages (Fig 10a).
 
-    Layers whose similarity is null are grey.
+    Layers whose similarity is null are gray.
 
     Args:
         results: one panel each, by name.
@@ -68,7 +68,7 @@ def similarity(
 
     Results of a single measure stand in rows of three.
 
-    Layers whose similarity is null are grey. Each measure has its own color bar, the same for all results, from 0: a similarity
+    Layers whose similarity is null are gray. Each measure has its own color bar, the same for all results, from 0: a similarity
     below 0, which is chance, has the color of 0.
 
     Args:

@@ -79,7 +79,7 @@ class Folders:
 def archive(
     root: str | Path, types: Sequence[str], n_images: int | None, classes: Sequence[str] | None = None
 ) -> Arrays | Folders:
-    """Return the published data set at ``root``, its layout recognised.
+    """Return the published data set at ``root``, its layout recognized.
 
     Args:
         root: the folder that holds the types.

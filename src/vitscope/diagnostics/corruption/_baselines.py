@@ -1,7 +1,7 @@
 """Published errors of AlexNet under the published corruptions, which corruption errors are measured against.
 
 ImageNet-C: the torchvision AlexNet of Hendrycks and Dietterich (2019), whose means over severities are the well-known
-normalisers (.886428 for gaussian_noise, ...); its clean error is the one torchvision states (top-1 56.522%). CIFAR-10-C and
+normalizers (.886428 for gaussian_noise, ...); its clean error is the one torchvision states (top-1 56.522%). CIFAR-10-C and
 CIFAR-100-C: the AlexNets whose results come with the released code of Park and Kim, where no clean error is given; there
 is no relative mCE for these. Rows are types, columns severities 1 to 5.
 """

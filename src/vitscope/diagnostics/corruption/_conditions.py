@@ -49,7 +49,7 @@ def measured(
         conditions: pairs of type and severity.
         label: tells the rows of several models apart in ``partial``.
         source: a published data set; None makes the corruptions from the probe's images.
-        pixels: the model's normalisation.
+        pixels: the model's normalization.
         seed: seed of the corruptions that are generated.
         partial: finished rows.
     """

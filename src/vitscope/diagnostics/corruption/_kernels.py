@@ -27,7 +27,7 @@ def disk(radius: float, smoothing: float) -> np.ndarray:
 
 
 def streak(radius: float, deviation: float, degrees: float) -> np.ndarray:
-    """Return half a Gaussian along a line from the centre, as a moving camera leaves it; sums to 1.
+    """Return half a Gaussian along a line from the center, as a moving camera leaves it; sums to 1.
 
     Args:
         radius: the line is ``2 * radius + 1`` pixels long.

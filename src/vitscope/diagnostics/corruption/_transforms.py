@@ -120,7 +120,7 @@ def motion_blur(x: Array, rng: Generator, scale: float, radius: float, deviation
 
 
 def zoom_blur(x: Array, rng: Generator, scale: float, end: float, step: float) -> Array:
-    """Average over zooms into the centre, the image itself twice among them."""
+    """Average over zooms into the center, the image itself twice among them."""
     factors = np.arange(1, end, step)
     h, w = x.shape[:2]
     total = x.copy()
@@ -131,7 +131,7 @@ def zoom_blur(x: Array, rng: Generator, scale: float, end: float, step: float) -
 
 
 def brightness(x: Array, rng: Generator, scale: float, amount: float) -> Array:
-    """Add to the value of hue, saturation, value, which scales the colour; black becomes gray."""
+    """Add to the value of hue, saturation, value, which scales the color; black becomes gray."""
     value = x.max(axis=2, keepdims=True)
     brighter = np.minimum(value + amount, 1)
     return np.where(value > 0, x * brighter / np.maximum(value, 1e-12), brighter)

@@ -78,7 +78,7 @@ def _stretched(grid: Array, side: int) -> Array:
 
 
 def _enlarged(layer: Array, factor: float) -> Array:
-    """Zoom into the centre of ``layer (h, w)`` at unchanged size."""
+    """Zoom into the center of ``layer (h, w)`` at unchanged size."""
     h, w = layer.shape
     rows, columns = int(np.ceil(h / factor)), int(np.ceil(w / factor))
     first_row, first_column = (h - rows) // 2, (w - columns) // 2

@@ -140,13 +140,13 @@ def corruption(
             probe's data where ``root`` is given.
         other: a reference model to divide by instead, measured under the same conditions.
         n_images: images a condition of a published data set, spread evenly; None for all.
-        mean: the data's normalisation; by default the probe's (see `vitscope.core.input_normalization`).
+        mean: the data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
         std: likewise.
         seed: seed of the generated corruptions.
         partial: finished conditions, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown type, severity or baseline, no normalisation, another loss than the cross entropy, or
+        ValueError: an unknown type, severity or baseline, no normalization, another loss than the cross entropy, or
             batches of more than images and targets.
         DataError: a data set that is missing or damaged.
     """
@@ -159,8 +159,8 @@ def corruption(
     conditions = [CLEAN, *((name, severity) for name in names for severity in severities)]
     shape = (len(names), len(severities))
     reference = _published(probe, baseline, root, names, severities)
-    normalised = pixels_of(probe, mean, std)
-    rows = measured(probe, conditions, "model", source=source, pixels=normalised, seed=seed, partial=partial)
+    normalized = pixels_of(probe, mean, std)
+    rows = measured(probe, conditions, "model", source=source, pixels=normalized, seed=seed, partial=partial)
     if other is not None:
         other_pixels = pixels_of(other, mean, std)
         other_rows = measured(

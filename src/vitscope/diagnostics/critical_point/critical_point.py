@@ -72,7 +72,7 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
             where the optimizer's state is not at hand.
         decrease: the share of the objective that one gradient step is predicted to gain: the smaller of |g|^2 / (2 |H|) and
             |g| max(|w|, 1), over the objective.
-        slice_drop: depth to which the slice falls below its centre, as a share of the objective; 0 where it does not fall by more
+        slice_drop: depth to which the slice falls below its center, as a share of the objective; 0 where it does not fall by more
             than rounding.
         verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.
         reasons: why, one sentence each.
@@ -292,7 +292,7 @@ def _step(row: Row, loss: float, weights: float) -> float:
 
 @torch.no_grad()
 def _loss(operators: Curvatures, offset: Tensor | None) -> float:
-    """Return the objective on all batches, with the analysed parameters moved by ``offset (size,)``."""
+    """Return the objective on all batches, with the analyzed parameters moved by ``offset (size,)``."""
     point: dict[str, Tensor] = dict(operators.model.named_parameters())
     if offset is not None:
         at = 0

@@ -49,9 +49,9 @@ class BranchTransferResult(
         units: (n_units) names in the order of the model.
         kinds: (n_units) ``conv msa mlp pool``.
         stages: (n_units,) stage numbers.
-        depths: (n_units,) normalised depth in [0, 1].
+        depths: (n_units,) normalized depth in [0, 1].
         normalized_frequency: (n_units, n_bins) true frequency of each bin in units of pi.
-        transfer: (n_units, n_bins) mean over images of log|F(branch output)| - log|F(normalised branch input)|, each averaged
+        transfer: (n_units, n_bins) mean over images of log|F(branch output)| - log|F(normalized branch input)|, each averaged
             over channels.
         contrast: (n_units,) mean transfer in the highest third of the non-constant bins minus that in the lowest third;
             negative: a low-pass filter.
@@ -101,7 +101,7 @@ class BranchTransferResult(
         return values
 
     def minus(self, initial: BranchTransferResult) -> BranchTransferResult:
-        """Return this (trained) result minus that of the same architecture at initialisation, on the same images.
+        """Return this (trained) result minus that of the same architecture at initialization, on the same images.
 
         Intervals are those of the paired differences: both results resampled the same images. The per-unit t-intervals
         are replaced by those of the standard errors over paired replicates.

@@ -34,7 +34,7 @@ class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequen
         taps: (n_taps) names in the order of the forward pass.
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers.
-        depths: (n_taps,) normalised depth in [0, 1].
+        depths: (n_taps,) normalized depth in [0, 1].
         map_sizes: (n_taps, 2) height and width.
         normalized_frequency: (n_taps, n_bins) true frequency of each bin.
         paper_frequency: (n_taps, n_bins) the official notebook's axis, which labels the last bin 1 whatever it is.
@@ -119,7 +119,7 @@ def relative_log_amplitude(
     """Measure the relative log amplitude of the feature maps at every tap, in one forward pass a batch.
 
     The paper's definition (section 2 and its official notebook): log(|FFT2| + eps) of each map, mean over images and
-    channels after the logarithm, along the half diagonal of the centred spectrum, minus its value at frequency 0.
+    channels after the logarithm, along the half diagonal of the centered spectrum, minus its value at frequency 0.
     Only running sums are kept; the corrections that comparisons between map sizes need are given beside the curve.
 
     Args:

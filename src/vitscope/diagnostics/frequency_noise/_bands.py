@@ -57,8 +57,8 @@ def band_noise(white: Tensor, keep: np.ndarray) -> Tensor:
     return noise / noise.square().mean((1, 2, 3), keepdim=True).sqrt()
 
 
-def official_mask(h: int, w: int, centre: float, half_width: float) -> np.ndarray:
-    """Return the official code's square ring in the centred plane, ``(h, w)`` booleans.
+def official_mask(h: int, w: int, center: float, half_width: float) -> np.ndarray:
+    """Return the official code's square ring in the centered plane, ``(h, w)`` booleans.
 
     Its sides are ``2 int((f +- s) h / 2 pi)`` with f and s in radians, here in units of pi. A side of 2m covers the bins
     from -m to m - 1, so that the ring is off by half a bin, is not symmetric, and the lowest one holds the constant part.
@@ -70,11 +70,11 @@ def official_mask(h: int, w: int, centre: float, half_width: float) -> np.ndarra
         inside[h // 2 - rows : h // 2 + rows, w // 2 - columns : w // 2 + columns] = True
         return inside
 
-    return square(centre + half_width) & ~square(centre - half_width)
+    return square(center + half_width) & ~square(center - half_width)
 
 
 def official_noise(white: Tensor, mask: np.ndarray) -> Tensor:
-    """Return the real part of the signs of white noise ``(B, C, h, w)`` under a centred mask; its rms is left as it is."""
+    """Return the real part of the signs of white noise ``(B, C, h, w)`` under a centered mask; its rms is left as it is."""
     where = torch.from_numpy(np.fft.ifftshift(mask)).to(white.device)
     return torch.fft.ifft2(torch.fft.fft2(white.sign()) * where).real
 

@@ -22,7 +22,7 @@ def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor
     """
     if std is None and probe.about.get("std") is None:
         warnings.warn(
-            f"{measure}: no normalisation is known, so images are taken for pixels in [0, 1]; pass std=[...] or "
+            f"{measure}: no normalization is known, so images are taken for pixels in [0, 1]; pass std=[...] or "
             "Probe(..., about={'mean': ..., 'std': ...})",
             stacklevel=3,
         )

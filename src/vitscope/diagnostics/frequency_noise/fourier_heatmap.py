@@ -27,9 +27,9 @@ from vitscope.stats.intervals import check_level
 
 @dataclass(frozen=True)
 class FourierHeatmapResult(Result, coordinates={"vertical": "vertical", "horizontal": "horizontal"}):
-    """Error rates (shares in [0, 1]) under plane waves; the lowest frequency stands in the centre.
+    """Error rates (shares in [0, 1]) under plane waves; the lowest frequency stands in the center.
 
-    A real wave has the frequencies (k, l) and (-k, -l), so the map is symmetric about its centre, ``[h // 2, w // 2]``.
+    A real wave has the frequencies (k, l) and (-k, -l), so the map is symmetric about its center, ``[h // 2, w // 2]``.
 
     Attributes:
         error_rate: (h, w), or (n, n) where only the lowest frequencies were asked for.
@@ -89,14 +89,14 @@ def fourier_heatmap(
     """Measure the error rate under each plane wave that the image size can hold.
 
     The wave of bin (k, l) is cos(2 pi (k m / h + l n / w)), scaled to the same rms, its sign drawn for each image and
-    channel, added in pixel space before normalisation, not clamped. Yin et al. state its l2 norm a channel: 4 on 32x32
+    channel, added in pixel space before normalization, not clamped. Yin et al. state its l2 norm a channel: 4 on 32x32
     images is an rms of .125, 15.7 on 224x224 one of .070.
 
     Args:
         probe: model and images; about h w / 2 forward passes each.
         rms: root mean square a channel, pixels in [0, 1].
         n: only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
-        mean: not needed; accepted so that both values of a normalisation can be passed.
+        mean: not needed; accepted so that both values of a normalization can be passed.
         std: standard deviation of each channel, as for `frequency_noise_robustness`.
         level: coverage of the intervals.
         seed: seed of the signs.

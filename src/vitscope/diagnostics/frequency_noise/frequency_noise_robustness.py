@@ -44,7 +44,7 @@ class FrequencyNoiseRobustnessResult(Result, coordinates={"frequency": "normaliz
     image.
 
     Attributes:
-        normalized_frequency: (n_bands,) the bands' centres.
+        normalized_frequency: (n_bands,) the bands' centers.
         band_edges: (n_bands, 2) lower and upper edge; bins on the upper one belong to the band.
         band_sizes: (n_bands,) number of bins in the whole plane.
         band_rms: (n_bands,) root mean square of the noise in pixels of [0, 1], expected for the official construction.
@@ -131,8 +131,8 @@ def frequency_noise_robustness(
     ``equal_rms`` (docs/definitions.md section 6): the non-constant bins are divided into ``n_bands`` square rings of equal width;
     white Gaussian noise is cut to a ring and scaled to the same root mean square in each image and band. The same white
     noise serves all bands. ``official``: the paper's released construction, whose rings of width 1/n_bands around 1/n_bands,
-    2/n_bands, ... differ in energy and so favour a conclusion (signs of noise times eps, real part, no scaling). Noise is
-    added in pixel space before normalisation and nothing is clamped.
+    2/n_bands, ... differ in energy and so favor a conclusion (signs of noise times eps, real part, no scaling). Noise is
+    added in pixel space before normalization and nothing is clamped.
 
     Args:
         probe: model and images.
@@ -140,8 +140,8 @@ def frequency_noise_robustness(
         rms: root mean square over an image's channels and pixels, pixels in [0, 1]; the official eps.
         curve_rms: further scales, for the curve over rms.
         construction: ``equal_rms`` or ``official``.
-        mean: not needed for noise; accepted so that both values of a normalisation can be passed.
-        std: per channel, of the normalisation the images went through; that of ``probe.about`` by default. Without either,
+        mean: not needed for noise; accepted so that both values of a normalization can be passed.
+        std: per channel, of the normalization the images went through; that of ``probe.about`` by default. Without either,
             the images are taken for pixels, with a warning.
         level: coverage of the intervals.
         seed: seed of the noise.
@@ -201,17 +201,17 @@ class _Bands:
         self.official = construction == "official"
         width = 1 / n_bands
         if self.official:
-            self.centres = np.arange(1, n_bands) * width
-            self.masks = [official_mask(h, w, centre, width / 2) for centre in self.centres]
+            self.centers = np.arange(1, n_bands) * width
+            self.masks = [official_mask(h, w, center, width / 2) for center in self.centers]
             self.sizes = np.array([mask.sum() for mask in self.masks], dtype=int)
             self.unit_rms = np.array([official_rms(mask) for mask in self.masks])
         else:
-            self.centres = (np.arange(n_bands) + 0.5) * width
+            self.centers = (np.arange(n_bands) + 0.5) * width
             index, times = rings(h, w, n_bands), multiplicity(h, w)
             self.masks = [index == j for j in range(n_bands)]
             self.sizes = np.array([times[mask].sum() for mask in self.masks], dtype=int)
             self.unit_rms = np.ones(n_bands)
-        self.edges = np.stack([self.centres - width / 2, self.centres + width / 2], axis=1)
+        self.edges = np.stack([self.centers - width / 2, self.centers + width / 2], axis=1)
 
     def noise(self, white: Tensor, band: int) -> Tensor:
         """Return the band's noise at scale 1."""
@@ -233,7 +233,7 @@ def _result(
 ) -> FrequencyNoiseRobustnessResult:
     estimates = means.finish(level)
     at = scales.index(rms)
-    n = len(bands.centres)
+    n = len(bands.centers)
 
     def spread(values: np.ndarray) -> np.ndarray:
         full = np.full((*values.shape[:-1], n), np.nan)
@@ -246,7 +246,7 @@ def _result(
     _warn(bands, change[at], clean, chance)
     warn_nulls("frequency_noise_robustness", few_images(estimates["nll"].count))
     return FrequencyNoiseRobustnessResult(
-        normalized_frequency=bands.centres,
+        normalized_frequency=bands.centers,
         band_edges=bands.edges,
         band_sizes=bands.sizes,
         band_rms=np.where(bands.sizes > 0, rms * bands.unit_rms, np.nan),
@@ -276,11 +276,11 @@ def _result(
 
 def _warn(bands: _Bands, change: np.ndarray, clean: float, chance: float) -> None:
     reasons = {}
-    for centre, size, value in zip(bands.centres, bands.sizes, change):
+    for center, size, value in zip(bands.centers, bands.sizes, change):
         if size == 0:
-            reasons[f"the band at {centre:.3g} pi"] = "no bin at this image size"
+            reasons[f"the band at {center:.3g} pi"] = "no bin at this image size"
         elif not np.isfinite(value):
-            reasons[f"the band at {centre:.3g} pi"] = "logits are not finite"
+            reasons[f"the band at {center:.3g} pi"] = "logits are not finite"
     if not clean > chance:
         reasons["relative_change"] = f"clean accuracy {clean:.3g} is not above chance {chance:.3g}"
     warn_nulls("frequency_noise_robustness", reasons)

@@ -86,8 +86,8 @@ def input_filter(
     """Measure accuracy on images without the frequencies above, or below, each cut-off.
 
     The filters are ideal squares, rho = max(|k|/(h/2), |l|/(w/2)) <= cut-off in units of pi, the bands of
-    `frequency_noise_robustness`. High-pass images keep their constant part, so colour and brightness stay what they were;
-    hence filtering pixels and filtering normalised images are the same. Nothing is clamped.
+    `frequency_noise_robustness`. High-pass images keep their constant part, so color and brightness stay what they were;
+    hence filtering pixels and filtering normalized images are the same. Nothing is clamped.
 
     Args:
         probe: model and images.

@@ -86,7 +86,7 @@ def input_filter(results: Mapping[str, InputFilterResult]) -> Figure:
 
 
 def fourier_heatmap(results: Mapping[str, FourierHeatmapResult]) -> Figure:
-    """Draw the error rate under each plane wave, a panel a model with one colour scale."""
+    """Draw the error rate under each plane wave, a panel a model with one color scale."""
     canvas = new_canvas(0.7 + 2.7 * len(results), 2.8)
     axes = canvas.grid(1, len(results), sharey=True)[0]
     image = None
@@ -149,9 +149,9 @@ def _construction(result: FrequencyNoiseRobustnessResult) -> str:
     )
 
 
-def _edges(centres: np.ndarray) -> np.ndarray:
-    step = centres[1] - centres[0] if len(centres) > 1 else 1.0
-    return np.append(centres, centres[-1] + step) - step / 2
+def _edges(centers: np.ndarray) -> np.ndarray:
+    step = centers[1] - centers[0] if len(centers) > 1 else 1.0
+    return np.append(centers, centers[-1] + step) - step / 2
 
 
 def _cycle(markers: str) -> list[str]:

@@ -139,7 +139,7 @@ def _key(index: int) -> str:
 
 
 def _grouped(share: Iterable[tuple[int, Batch]], n: int) -> Iterator[Group]:
-    """Yield groups of up to ``n`` neighbours of equal shape."""
+    """Yield groups of up to ``n`` neighbors of equal shape."""
     group: Group = []
     for index, (x, y) in share:
         if group and (len(group) == n or (x.shape, y.shape) != (group[0][1][0].shape, group[0][1][1].shape)):

@@ -178,7 +178,7 @@ def _vectors_of(
         )
     if tuple(start.parameter_names) != tuple(parameters):
         raise ValueError(
-            f"Expected start of the {len(parameters)} parameters analysed, received that of {len(start.parameter_names)} others: "
+            f"Expected start of the {len(parameters)} parameters analyzed, received that of {len(start.parameter_names)} others: "
             "use a result of the same model and subset."
         )
     return start.eigenvectors

@@ -133,8 +133,8 @@ def hessian_max_eigenvalue_spectrum(
         n_top: eigenvalues of each batch (``k`` is accepted too).
         n_ends: also this many of the largest and of the smallest, from the same run; 0 for none.
         budget_s: seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
-            many batches are analysed as fit, at least one; the card states what was done. None for all batches.
-        batches_at_once: batches of equal shape analysed together under vmap (`linalg.batched_lanczos`): 1 one after the other,
+            many batches are analyzed as fit, at least one; the card states what was done. None for all batches.
+        batches_at_once: batches of equal shape analyzed together under vmap (`linalg.batched_lanczos`): 1 one after the other,
             None for what fits on a GPU and 1 on a CPU.
         partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
         curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
@@ -164,7 +164,7 @@ def hessian_max_eigenvalue_spectrum(
 
 
 def _images(probe: Probe, rows: Mapping[int, Row]) -> int:
-    """Return the images in the batches that were analysed."""
+    """Return the images in the batches that were analyzed."""
     if len(rows) == probe.n_batches:
         return probe.n_images
     return sum(len(x) for index, (x, _) in enumerate(probe.batches) if index in rows)

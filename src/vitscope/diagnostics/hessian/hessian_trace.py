@@ -38,7 +38,7 @@ class HessianTraceResult(Result):
         standard_error: standard error of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
         estimates: (n_vectors,) the estimate of each random vector.
         sketch_trace: the part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
-        size: number of parameters analysed.
+        size: number of parameters analyzed.
         n_products: products with the operator.
         card: conditions of the measurement.
     """

@@ -54,7 +54,7 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
         near_zero_mass: mass at nodes of unknown sign: those within the resolution of zero, and the next one on either side
             where zero is within its residual (by the inequalities of Chebyshev, Markov and Stieltjes all other nodes' masses
             are on their side).
-        size: number of parameters analysed.
+        size: number of parameters analyzed.
         n_products: products with the operator.
         card: conditions of the measurement.
     """

@@ -44,7 +44,7 @@ class Axes:
         cosine: between the two.
         labels: labels of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) their coordinates, orthogonally projected.
-        projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
+        projection_error: (n_checkpoints,) distance from the plane over distance from the center.
     """
 
     first: Direction

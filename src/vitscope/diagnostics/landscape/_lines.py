@@ -32,7 +32,7 @@ def measure_lines(
 ) -> list[Row]:
     """Return nll, accuracy, ece, both L2 forms and the direction's norm at each (direction number, coordinate).
 
-    Keys of one direction should be neighbours: a direction is made when the first of its points is measured.
+    Keys of one direction should be neighbors: a direction is made when the first of its points is measured.
 
     Raises:
         ValueError: directions that do not fit the model.

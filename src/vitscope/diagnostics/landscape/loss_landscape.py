@@ -45,13 +45,13 @@ class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint":
         preset: ``official`` where the released code's settings were asked for, else empty.
         direction_norms: (2,) Euclidean norms of the directions.
         direction_cosine: between them.
-        weight_norm: Euclidean norm of all parameters at the centre.
+        weight_norm: Euclidean norm of all parameters at the center.
         n_nonfinite: the number of points whose nll is NaN or infinite.
-        dtype_error: largest absolute difference in nll (nats) that the reduced precision made, over the centre and the
+        dtype_error: largest absolute difference in nll (nats) that the reduced precision made, over the center and the
             four corners; None in full precision.
         labels: (n_checkpoints,) of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) coordinates of the checkpoints, projected on the plane.
-        projection_error: (n_checkpoints,) distance from the plane over distance from the centre.
+        projection_error: (n_checkpoints,) distance from the plane over distance from the center.
         card: the objective card.
     """
 
@@ -157,7 +157,7 @@ def loss_landscape(
             directions and the gradient), ``one_dim``, ``positions``, or regular expressions on names; an empty list moves
             everything.
         span: half the side of the square, in units of the directions.
-        n: points on a side; the centre is one of them where n is odd.
+        n: points on a side; the center is one of them where n is odd.
         seed: seed of random directions.
         bn: ``eval`` for BatchNorm's running statistics, ``recalibrate`` to recompute them at each point.
         dtype: ``bfloat16`` runs the forward passes under autocast (the result states the error); ``float64`` casts the model.
@@ -223,7 +223,7 @@ def _measure(
 def _dtype_error(
     probe: Probe, axes: Axes, span: float, dtype: torch.dtype | None, bn: str, partial: Partial | None
 ) -> float | None:
-    """Return the largest difference in nll between reduced and full precision over the centre and the corners."""
+    """Return the largest difference in nll between reduced and full precision over the center and the corners."""
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     points = [(0.0, 0.0), *((a, b) for a in (-span, span) for b in (-span, span))]

@@ -164,10 +164,10 @@ def sharpness(
 ) -> SharpnessResult:
     """Measure the mean rise of the NLL at given radii over random directions, and the worst rise in the ball.
 
-    The mean: over ``n_pairs`` pairs of filter-normalised directions (Li et al., NeurIPS 2018), shared by models through the seed,
+    The mean: over ``n_pairs`` pairs of filter-normalized directions (Li et al., NeurIPS 2018), shared by models through the seed,
     ``nll(w + r d) - nll(w)`` averaged over both directions and both signs, which cancels the slope. The worst: projected
     gradient ascent on the NLL in the ball in which each filter moves by at most r times its norm, which contains those
-    random points; from random points of its surface, in steps along the filter-normalised gradient that shrink from r to
+    random points; from random points of its surface, in steps along the filter-normalized gradient that shrink from r to
     r / n_steps; the largest value met is a lower bound of the true one. It is no second opinion on the mean: where every
     filter turns towards its input at once, activations grow from layer to layer, and a briefly trained ResNet-18 met 1e5 nats
     at r = .05. The rise is the NLL's alone; that of either L2 term is given beside it.

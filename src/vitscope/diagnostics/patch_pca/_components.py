@@ -45,8 +45,8 @@ class Components:
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """Return the scores ``(n, h, w, n_components)`` of maps ``(n, C, h, w)``."""
-        centred = features.astype(np.float64) - self.mean[:, None, None]
-        return np.einsum("nchw,kc->nhwk", centred, self.axes)
+        centered = features.astype(np.float64) - self.mean[:, None, None]
+        return np.einsum("nchw,kc->nhwk", centered, self.axes)
 
 
 def gathered_moments(groups: Sequence[FeatureMoments]) -> list[FeatureMoments]:

@@ -51,7 +51,7 @@ class PatchPcaResult(
         taps: (n_taps) names of the chosen taps in the order of the forward pass.
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers.
-        depths: (n_taps,) normalised depth in [0, 1].
+        depths: (n_taps,) normalized depth in [0, 1].
         tap_colors: (n_taps, n_shown, h, w, 3) one array a tap, in [0, 1]; background 0.
         scores: (n_taps, n_shown, h, w, 3) one array a tap: coordinates along the components, rotated to the reference if any.
         foreground_masks: (n_taps, n_shown, h, w) one array a tap: whether a patch is foreground; all without a threshold.

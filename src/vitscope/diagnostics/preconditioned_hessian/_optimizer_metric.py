@@ -40,7 +40,7 @@ def flat_values(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
 
 def _untrained(name: str) -> ValueError:
     return ValueError(
-        f"Expected an optimizer of every parameter analysed, received one that does not train {name!r}: choose its parameters "
+        f"Expected an optimizer of every parameter analyzed, received one that does not train {name!r}: choose its parameters "
         "with parameters=."
     )
 

@@ -32,7 +32,7 @@ class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
         stages: (n_taps,) from 0, the stem.
         depths: (n_taps,) from 0 to 1.
         channels: (n_taps,) the largest rank there can be.
-        effective_rank: (n_taps,) exp of the entropy of the normalised singular values; NaN where the features do not vary
+        effective_rank: (n_taps,) exp of the entropy of the normalized singular values; NaN where the features do not vary
             or are not finite.
         participation_ratio: (n_taps,) squared sum over sum of squares of the covariance's eigenvalues; NaN likewise.
         spectrum: (n_taps, channels) one array a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
@@ -156,8 +156,8 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
     rows = np.concatenate(waiting_rows) if waiting_rows else None
     if rows is not None and total.scatter is None and len(rows) < rows.shape[1]:
         mean = rows.mean(axis=0)
-        centred = rows - mean
-        matrix, n, channels = centred @ centred.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
+        centered = rows - mean
+        matrix, n, channels = centered @ centered.T, len(rows), rows.shape[1]  # the same eigenvalues but for zeros
     else:
         if rows is not None:
             total.merge(*moments_of(torch.from_numpy(rows)))
@@ -175,7 +175,7 @@ def _merged(states: Sequence[tuple]) -> tuple[int, np.ndarray]:
 
 
 def _ranks(values: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """Return effective rank, participation ratio and the normalised spectrum of eigenvalues ``(C,)``, descending."""
+    """Return effective rank, participation ratio and the normalized spectrum of eigenvalues ``(C,)``, descending."""
     # rounding leaves eigenvalues of this size where there are none
     values = np.where(values > len(values) * np.finfo(np.float64).eps * max(values[0], 0), values, values * 0)
     if not values.sum() > 0:

@@ -18,7 +18,7 @@ QUANTITIES = {"effective_rank": "Effective rank", "participation_ratio": "Partic
 def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = True) -> Figure:
     """Draw both quantities over normalized depth, by default as a share of the number of channels.
 
-    Bands mark attention (grey) and pooling (blue) where a single result is drawn.
+    Bands mark attention (gray) and pooling (blue) where a single result is drawn.
 
     Args:
         results: one or more results by name.

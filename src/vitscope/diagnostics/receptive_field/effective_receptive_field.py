@@ -53,7 +53,7 @@ class EffectiveReceptiveFieldResult(
         taps: (n_taps) names in the order of the forward pass.
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers.
-        depths: (n_taps,) normalised depth in [0, 1].
+        depths: (n_taps,) normalized depth in [0, 1].
         map_sizes: (n_taps, 2) height and width of the map.
         positions: (n_taps, 2) row and column of the position that is differentiated: (h // 2, w // 2).
         cells: (n_taps, 2) row and column of the center of its cell, where the map is laid over the whole image.
@@ -181,7 +181,7 @@ def effective_receptive_field(
     With the map ``F (C, h, w)`` of an image ``x (c, H, W)``, the field is the mean over images of
     ``sum_c (d sum_k F[k, h // 2, w // 2] / d x[c])^2``, divided by its sum. Where h or w is even, the position is the lower or
     right one of the two in the middle, as in the code of Ding et al. (2022). Gradients are taken in eval mode in single
-    precision (in double for a model in double) with respect to what the model takes, normalised images; no gradient of a
+    precision (in double for a model in double) with respect to what the model takes, normalized images; no gradient of a
     parameter is computed.
 
     Where the map is the output of a LayerNorm and of small branches, as in the first stages of Swin and ConvNeXt, the sum of

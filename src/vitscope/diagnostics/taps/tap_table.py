@@ -44,7 +44,7 @@ class TapTableResult(Result, coordinates=COORDINATES):
         taps: (n_taps) names.
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers, 0 for the stem.
-        depths: (n_taps,) normalised depth in [0, 1].
+        depths: (n_taps,) normalized depth in [0, 1].
         shapes: (n_taps, 3) channels, height and width of the maps; 0 where the forward pass does not come by.
         n_units: residual units that vitscope knows in the model; with none, its taps follow convolutions and pooling.
         units: (n_structure_units) names of residual units and of layers between them; without residual units, of convolutions

@@ -38,7 +38,7 @@ class FeatureMapVarianceResult(Result, coordinates=TAP_COORDINATES):
         taps: (n_taps) names in the order of the forward pass.
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers.
-        depths: (n_taps,) normalised depth in [0, 1].
+        depths: (n_taps,) normalized depth in [0, 1].
         map_sizes: (n_taps, 2) height and width.
         variance: (n_taps,) the paper's: unbiased variance over positions, mean over images and channels.
         variance_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
@@ -117,11 +117,11 @@ def spatial_variance(x: Tensor) -> Tensor:
     if flat.is_cuda:
         return flat.var(-1).double().mean(1)
     square = channel_squares(x)  # (B, C)
-    centred = square - channel_sums(x).square() / n
-    cancelled = (centred < _CANCELLED * square).nonzero(as_tuple=True)
+    centered = square - channel_sums(x).square() / n
+    cancelled = (centered < _CANCELLED * square).nonzero(as_tuple=True)
     if len(cancelled[0]):
-        centred[cancelled] = flat[cancelled].double().var(-1, correction=0) * n
-    return (centred / (n - 1)).mean(1) if n > 1 else torch.full((len(flat),), float("nan"), dtype=torch.float64)
+        centered[cancelled] = flat[cancelled].double().var(-1, correction=0) * n
+    return (centered / (n - 1)).mean(1) if n > 1 else torch.full((len(flat),), float("nan"), dtype=torch.float64)
 
 
 class _Sums:

@@ -57,7 +57,7 @@ class Curvature:
             that does not count.
 
     Attributes:
-        size: the number of parameters analysed.
+        size: the number of parameters analyzed.
         n_products: products made so far.
         differences: makes the products of ``difference``; None for others.
 
@@ -85,7 +85,7 @@ class Curvature:
     ) -> None:
         check_operator(kind, product, micro_batch)
         if not parameters:
-            raise ValueError("Expected at least one parameter to analyse, received none.")
+            raise ValueError("Expected at least one parameter to analyze, received none.")
         if n_images < 1:
             raise ValueError(
                 "Expected at least one image with a label, received batches in which every label is ignored."

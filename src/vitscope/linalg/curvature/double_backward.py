@@ -137,7 +137,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Return ``x (B, C, ...)`` normalised with running statistics, or NotImplemented."""
+    """Return ``x (B, C, ...)`` normalized with running statistics, or NotImplemented."""
     if training or mean is None or variance is None or x.ndim < 2:
         return NotImplemented
     scale = torch.rsqrt(variance + eps)

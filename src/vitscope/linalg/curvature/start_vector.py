@@ -56,7 +56,7 @@ def warm_start(vectors: np.ndarray | Tensor, operator: VectorSpace, seed: int = 
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.shape[1] != operator.size or not len(rows):
         raise ValueError(
-            f"Expected start of shape (m, {operator.size}) (the parameters analysed), received {tuple(rows.shape)}: use the "
+            f"Expected start of shape (m, {operator.size}) (the parameters analyzed), received {tuple(rows.shape)}: use the "
             "eigenvectors of a result of the same model and parameters (eigenvectors=True)."
         )
     rows = rows.to(operator.device, operator.dtype)

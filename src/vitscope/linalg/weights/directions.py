@@ -162,7 +162,7 @@ def project(
 ) -> Direction:
     """Shorten ``direction`` in place to the ball in which each filter's norm is at most ``radius`` times the weights'.
 
-    It is the ball that holds every ``filter`` (or ``layer``) normalised direction times ``radius``.
+    It is the ball that holds every ``filter`` (or ``layer``) normalized direction times ``radius``.
 
     Raises:
         ValueError: a normalization that defines no such ball.

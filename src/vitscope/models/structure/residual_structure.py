@@ -57,7 +57,7 @@ class ResidualUnit:
     Attributes:
         kind: What the unit does.
         after: The map after the unit's residual addition; None where no module returns or receives it.
-        branch_in: The normalised input of the residual branch; without a norm, the stream. None for pooling.
+        branch_in: The normalized input of the residual branch; without a norm, the stream. None for pooling.
         branch_out: The branch's output as it is added; its module returns that tensor. None for pooling.
         added: The operand of the addition, where no module returns the branch as it is added.
         suffix: Name of the unit inside its block, empty if the block is one unit.
@@ -135,7 +135,7 @@ def replaceable_conv3x3(block: nn.Module) -> nn.Conv2d | None:
 def residual_structure(model: nn.Module, by_children: bool = True) -> list[ModelComponent]:
     """The residual units and pooling layers of a model in the order of registration.
 
-    Blocks are recognised by type (`parts`); strided convolutions and pooling between them count as pooling
+    Blocks are recognized by type (`parts`); strided convolutions and pooling between them count as pooling
     layers. A stage is a container of blocks, counted from 1. A model without a known block is read after each
     of its convolutions and pooling layers, with a new stage at each subsampling; it has no residual units.
 

@@ -229,7 +229,7 @@ def _is_expected(groups: Sequence[Mapping[int, Entry]], selection: Selection, co
 
 
 def _has_any(entry: Entry, columns: Sequence[Column], selection: Selection) -> bool:
-    """Return whether a trained model that was analysed has a number for one of the columns that are measured."""
+    """Return whether a trained model that was analyzed has a number for one of the columns that are measured."""
     if entry.untrained:
         return False
     measures = {column.source for column in columns}
