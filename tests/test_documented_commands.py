@@ -113,8 +113,9 @@ class Checker:
             self.command(words[0], words[1:])
         if words[0] == "reproduce" and len(words) > 1 and "--help" not in words:
             request = command_line.parse(words[1:])
-            targets = plan.select(request.names, plan.read())
-            assert [plan.target(name, plan.read(), request.profile, 1, request.overrides) for name in targets]
+            planned = plan.read()
+            targets = plan.select(request.names, planned)
+            assert [plan.target(name, planned, request.profile, 1, request.overrides) for name in targets]
 
     def command(self, name: str, words: list[str]) -> None:
         """Compose and validate what `train`, `analyze` or `report` would run."""

@@ -1,4 +1,4 @@
-"""Every configuration file composes, validates and builds; newcomers enrol themselves by being there."""
+"""Every configuration file composes, validates and builds; a new file is tested as soon as it exists."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vitscope.config.validation import validate
 from vitscope.reproduce import plan
 from vitscope.runtime.errors import ConfigError
 
+#: figures and tables with their trials
+PLAN = plan.read()
 #: experiments of the trials of every figure and table
-PLANNED = frozenset(
-    trial.overrides[0] for name in plan.read()["targets"] for trial in plan.target(name, plan.read(), "smoke").trials
-)
+PLANNED = frozenset(trial.overrides[0] for name in PLAN["targets"] for trial in plan.target(name, PLAN, "smoke").trials)
 
 
 @pytest.mark.parametrize(
