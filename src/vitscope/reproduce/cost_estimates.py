@@ -205,7 +205,8 @@ def _steps_per_epoch(cfg: Mapping[str, Any], train_images: Mapping[str, int]) ->
     n_images = train_images.get(str(data.get("name")))
     if n_images is None or devices not in (1, "1") or trainer.get("num_nodes", 1) != 1:
         return float(limit) if isinstance(limit, int) and limit >= 1 else None
-    n_batches = math.ceil(n_images * float(data.get("fraction") or 1.0) / int(data["batch_size"]))
+    share = n_images * float(data.get("fraction") or 1.0) / int(data["batch_size"])
+    n_batches = math.floor(share) if data.get("drop_last") else math.ceil(share)
     n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * float(limit))  # as Lightning does
     return math.ceil(n_batches / int(trainer.get("accumulate_grad_batches") or 1))
 
