@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.claim_effects import write_scalars
-from tests.helpers.report_runs import bench
+from tests.helpers.report_runs import bench, evaluation
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import headline_tables
 
@@ -53,3 +53,15 @@ def test_a_heading_stands_above_its_number(make_run: Callable, tmp_path: Path, n
     table = headline_tables.build(name, bench(tmp_path).selection, Costs())
     cells = {title: cell.text for title, cell in zip(table.columns, table.rows[0]) if title not in ("model", "MSAs")}
     assert cells == EXPECTED[name]
+
+
+@pytest.mark.parametrize("command", ["train", "analyze"])
+def test_the_note_names_the_images_of_evaluations_that_stand_in_for_a_test(
+    make_run: Callable, tmp_path: Path, command: str
+) -> None:
+    make_run("vit", facts={"command": command}, metrics={}, measured={"evaluation": evaluation(0.7)}, ckpt_path="a.pth")
+    table = headline_tables.build("models", bench(tmp_path).selection, Costs())
+    sentence = "accuracy and NLL of models that were not trained here: evaluation on 32 test images"
+    assert (sentence in table.note) == (command == "analyze")
+    (accuracy,) = (cell.text for title, cell in zip(table.columns, table.rows[0]) if title == "accuracy")
+    assert accuracy == ("0.700" if command == "analyze" else "missing")
