@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,7 @@ import pytest
 from tests.helpers.report_runs import spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.reports.exports import study_export
-from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce import command_line, draw
-from vitscope.runs import result_store
 from vitscope.runtime.errors import ConfigError, DataError
 
 TARGET = "table-claims"
@@ -152,15 +149,3 @@ def test_runs_whose_folders_have_one_name_are_all_exported(study: Callable[..., 
     neps = [m.scalars["negative_eigenvalue_proportion"] for entry in entries for m in entry.results]
     assert [(entry.id, entry.seed) for entry in entries] == [(f"seed{seed}-vit", seed) for seed in range(3)]
     assert neps == [0.0, 0.1, 0.2]
-
-
-def test_of_two_results_of_a_study_the_newest_counts(study: Callable[..., Path], tmp_path: Path) -> None:
-    run = write_run(tmp_path / "runs", "vit")
-    names = ("end-aaaaaaaa", "end-bbbbbbbb")
-    for name, nep, time in zip(names, (0.4, 0.3), (2000.0, 1000.0)):
-        result_store.save(run.results / "hessian", name, spectrum(nep))
-        os.utime(run.results / "hessian" / f"{name}.json", (time, time))
-    outcome = SimpleNamespace(run=run.path, results=tuple(f"hessian/{name}" for name in names))
-    (entry,) = study_export.read(study("one", [outcome]), TARGET)
-    value = Selection([entry]).scalar(entry, "hessian_max_eigenvalue_spectrum", "negative_eigenvalue_proportion")
-    assert value.number == 0.4
