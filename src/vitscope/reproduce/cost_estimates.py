@@ -105,8 +105,9 @@ class Rates:
             return None
         if rate is None:  # a few steps tell the time of as many alone
             return self._whole_s.get((kind, steps)) if planned.state != RESUME else None
-        n_done = last_row(planned.run).get("step", 0) if planned.state == RESUME and planned.run is not None else 0
-        return max(0, steps - int(n_done or 0)) * rate.seconds_per_step + rate.other_s
+        row = last_row(planned.run) if planned.state == RESUME and planned.run is not None else {}
+        n_done = int(row["step"]) + 1 if row.get("step") is not None else 0
+        return max(0, steps - n_done) * rate.seconds_per_step + rate.other_s
 
     def measurement_seconds(self, planned: PlannedTrial, measurement: Measurement) -> float | None:
         """Return how long a measurement takes; None where it is unknown."""
