@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.claim_effects import write_scalars
 from tests.helpers.report_runs import Given, bench, curve, other_card, rise, spectrum
 from vitscope.reports.claims import claim_statistics
 from vitscope.reports.claims.effect_sizes import plainest
@@ -71,3 +72,24 @@ def test_of_equally_plain_models_the_one_of_more_seeds_is_taken(make_run: Callab
     chosen = plainest(bench(tmp_path).groups(lambda _: True))
     assert chosen is not None
     assert len(chosen) == 3
+
+
+def test_a_network_that_is_no_better_than_chance_has_lost_nothing_to_noise(make_run: Callable, tmp_path: Path) -> None:
+    """Relative to an accuracy below chance the loss would have the other sign."""
+    for seed, clean in enumerate((0.5, 1 / 16, 0.05)):
+        for model in ("vit", "convnet"):
+            scalars = {"high_minus_low": 0.1, "clean_accuracy": clean if model == "vit" else 0.6}
+            write_scalars(make_run(model, seed), "frequency_noise_robustness", scalars)
+    assert set(claim_statistics.noise_interaction(bench(tmp_path)).values) == {0}
+
+
+def test_a_data_module_without_fractions_reads_all_images(make_run: Callable, tmp_path: Path) -> None:
+    for fraction in (1.0, 0.1, 0.01):
+        card = other_card(data=f"photos, {fraction}")
+        run = make_run("vit", data__fraction=fraction, measured={"hessian": spectrum(0.3 + fraction, card=card)})
+        if fraction == 1:
+            text = (run.path / "config.yaml").read_text()
+            (run.path / "config.yaml").write_text(text.replace("  fraction: 1.0\n", ""))
+    b = bench(tmp_path)
+    found = claim_statistics.data_trend(b, b.scalar(*claim_statistics.NEP), -1, fixed="epochs", requirement="hessian")
+    assert found.values == pytest.approx({0: np.polyfit(np.log([1.0, 0.1, 0.01]), [1.3, 0.4, 0.31], 1)[0]}, rel=1e-9)
