@@ -12,6 +12,7 @@ from tests.reproduce.test_cost_estimates import CFG, planned, write_short_run
 from vitscope.reproduce import run_kinds
 from vitscope.reproduce.cost_estimates import Rates, _n_checkpoints, estimate
 from vitscope.reproduce.planned_work import Measurement
+from vitscope.reproduce.work_listing import start_text
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,12 @@ def test_a_stated_rate_counts_once_for_trials_that_share_a_training() -> None:
     results = [Measurement("hessian", "end", {"n_top": n}) for n in (1, 2)]
     costs = estimate([planned(missing=(result,)) for result in results], Rates([], stated))
     assert [(cost.seconds, cost.unknown_time) for cost in costs] == [(7.0, 0), (0.0, 0)]
+
+
+def test_trainings_to_resume_are_trainings_to_do() -> None:
+    trials = [planned(), planned("b", "resume"), planned("c", "exists")]
+    text = start_text(trials, estimate(trials, Rates([], {})), 1)
+    assert text.startswith("to do: 2 trainings, 0 finished runs to measure")
 
 
 def test_a_measurement_takes_as_long_as_one_with_another_seed() -> None:
