@@ -12,6 +12,7 @@ from vitscope.config.experiment_identity import (
     INCIDENTAL,
     INCIDENTAL_TO_A_RUN,
     config_hash,
+    experiment,
     identity,
     labels,
     setting,
@@ -46,10 +47,34 @@ def test_seeds_and_machines_do_not_make_another_experiment() -> None:
     assert first != identity(configuration("vit", 0, optimizer__lr=2e-3))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data__batch_size": 9}, {"data__random_labels": True}, {"data__split_seed": 1}, {"objective__mixup": 0.5},
+        {"optimizer__weight_decay": 0.1}, {"trainer__precision": "bf16-mixed"}, {"trainer__gradient_clip_val": 1.0},
+        {"trainer__accumulate_grad_batches": 2}, {"trainer__limit_train_batches": 2},
+        {"callbacks__ema": {"decay": 0.9}}, {"model__drop_path": 0.1},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_what_a_step_of_the_training_depends_on_makes_another_experiment(change: dict[str, Any]) -> None:
+    assert identity(configuration("vit", 0)) != identity(configuration("vit", 0, **change))
+
+
+def test_analyses_of_two_checkpoints_are_two_experiments() -> None:
+    cfg, facts = configuration("vit", 0), {"command": "analyze"}
+    one, other = (experiment({**cfg, "ckpt_path": path}, facts) for path in ("a.pth", "b.pth"))
+    assert one != other
+    assert one == experiment({**cfg, "ckpt_path": "a.pth", "seed": 1}, facts)
+
+
 def test_a_setting_is_data_objective_and_length() -> None:
     vit, convnet = configuration("vit", 0), configuration("convnet", 3, optimizer__lr=0.1)
     assert setting(vit) == setting(convnet)
     assert setting(vit) != setting(configuration("vit", 0, trainer__max_epochs=4))
+    assert setting(vit) != setting(configuration("vit", 0, trainer__max_steps=9))
+    assert setting(vit) != setting(configuration("vit", 0, trainer__max_time="00:01:00:00"))
+    assert setting(vit) != setting(configuration("vit", 0, data__batch_size=9))
     small = configuration("vit", 0, data__fraction=0.06)
     assert setting(vit) != setting(small)
     assert setting(vit, ["data.fraction"]) == setting(small, ["data.fraction"])

@@ -29,6 +29,9 @@ def test_cosine() -> None:
     assert factor(70, **CASE) == pytest.approx(0.5)
     assert factor(119, **CASE) == pytest.approx(0.5 * (1 + math.cos(math.pi * 9.9 / 10)))
     assert factor(120, **CASE, min_factor=0.1) == pytest.approx(0.1)
+    assert [factor(step, **CASE, min_factor=0.1) for step in (121, 180, 219)] == pytest.approx(
+        [0.1] * 3
+    )  # past its end
     assert factor(77, **CASE, per_epoch=True) == pytest.approx(0.5)
 
 

@@ -50,6 +50,15 @@ class TestProbeBatches:
             assert torch.equal(soft_y, expected_y)
             assert soft_y.shape == (15, 3)
 
+    def test_targets_of_cutmix_without_images_are_those_of_the_batches(self):
+        options = {"augment": "crop_flip", "mixup": 0.0, "cutmix": 1.0}
+        batches = module(**options).probe_batches("train", augment=True, n_images=40, batch_size=8, seed=2)
+        mixed = 0
+        for (_, y), alone in zip(batches, batches.target_batches(), strict=True):
+            assert torch.equal(alone, y)  # the share of a box follows from the size of the image
+            mixed += bool((y.max(1).values < 1).any())
+        assert mixed > 1
+
     def test_images_are_distinct(self):
         data = module()
         batches = data.probe_batches("train", n_images=32, batch_size=8)

@@ -14,6 +14,13 @@ def test_hold_out_is_stratified_disjoint_and_complete():
     np.testing.assert_array_equal(np.bincount(LABELS[held]), [5, 2, 1])
 
 
+def test_shares_are_rounded_to_the_nearest_image():
+    labels = np.repeat([0, 1], [18, 24])
+    _, held = splits.hold_out(labels, 0.1, seed=0)
+    np.testing.assert_array_equal(np.bincount(labels[held]), [2, 2])  # of 1.8 and 2.4
+    np.testing.assert_array_equal(np.bincount(labels[splits.fraction(labels, 0.1, seed=0)]), [2, 2])
+
+
 def test_hold_out_never_takes_a_class_whole():
     kept, held = splits.hold_out(np.array([0, 0, 1]), 0.9, seed=0)
     assert set(np.array([0, 0, 1])[kept]) == {0, 1}

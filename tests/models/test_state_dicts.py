@@ -15,6 +15,7 @@ import vitscope as vs
 from tests.helpers.run_folders import only_run
 from vitscope import models
 from vitscope.core.probe import Probe
+from vitscope.models import state_dicts
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError
 
@@ -152,3 +153,17 @@ def assert_loaded_from_file(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(init[name], value), name
+
+
+def test_weights_of_the_models_shapes_come_before_an_entry_of_a_usual_name() -> None:
+    """A file of distillation may hold a larger network under ``model`` whose layers have the same names."""
+    network, larger = nn.Linear(3, 2), nn.Linear(3, 5)
+    reading = state_dicts.select_weights(network, {"model": larger.state_dict(), "student": network.state_dict()})
+    assert reading is not None
+    assert reading.entry == "student"
+
+
+def test_a_model_of_averages_is_known_whatever_network_it_is_of() -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(3, 2))
+    assert state_dicts.average_entries({"weights": averaged.state_dict()}) == ["weights"]
+    assert state_dicts.average_entries({"weights": nn.Linear(3, 2).state_dict()}) == []

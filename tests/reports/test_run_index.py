@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum
+from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope.core.objective_card import check_comparable
 from vitscope.reports import run_entry, run_files, run_index
+from vitscope.reports.model_costs import Costs
+from vitscope.reports.tables import headline_tables
 from vitscope.reports.value_lookup import Selection
 from vitscope.runs import result_store, run_search
 from vitscope.runs.metrics_log import Journal
@@ -192,3 +194,27 @@ def test_of_analyses_of_one_model_the_newest_counts_whatever_its_name(make_run: 
     make_run("vit", name="b-older", facts={**analyzed, "created": "2026-02-01T00:00:00"})
     (group,) = Selection(collect(tmp_path)).groups().values()
     assert {seed: entry.id for seed, entry in group.items()} == {0: "a-newer"}
+
+
+def test_runs_whose_folders_have_one_name_all_count(tmp_path: Path) -> None:
+    """A table of ``seed0/vit``, ``seed1/vit`` and ``seed2/vit`` once gave the number of the last one, ``0.700 (1 of 3)``."""
+    for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+        metrics = {"test/accuracy": accuracy, "test/nll": 1.0, "test/ece": 0.1}
+        card = other_card(n_images=64 if seed == 2 else 32)
+        measured = {"hessian": spectrum(0.1 * seed, card=card)}
+        write_run(tmp_path / "runs" / f"seed{seed}", "vit", seed, name="vit", metrics=metrics, measured=measured)
+    write_run(tmp_path / "runs" / "older", "vit", name="vit", facts={"created": "2025-01-01T00:00:00"})
+    entries = collect(tmp_path)
+    assert [(e.id, e.superseded) for e in entries] == [
+        ("seed0/vit", False), ("seed1/vit", False), ("seed2/vit", False), ("older/vit", True)
+    ]  # fmt: skip
+    table = headline_tables.build("models", Selection(entries), Costs())
+    cells = dict(zip(table.ids, table.rows[0]))
+    assert cells["test/accuracy"].text == "0.600 ± 0.248"  # 4.303 x 0.1 / 3**.5
+    assert cells[f"{SPECTRUM}/{NEP}"].text == "0.000, 0.100 (2 of 3)"  # two of three share their conditions
+
+
+def test_names_of_folders_are_as_short_as_they_can_be() -> None:
+    paths = [Path(p) for p in ("/a/x/vit", "/b/x/vit", "/b/y/vit", "/b/pit")]
+    assert list(run_index._names(paths).values()) == ["a/x/vit", "b/x/vit", "y/vit", "pit"]
+    assert list(run_index._names([Path("runs/vit"), Path("/a/runs/vit")]).values()) == ["runs/vit", "a/runs/vit"]

@@ -73,7 +73,10 @@ def test_numbers_of_an_earlier_end_are_not_those_of_a_run_that_went_on(make_run:
     (entry,) = by_name(tmp_path).values()
     assert (entry.metrics["test/accuracy"], entry.tags()) == (0.5, ["end"])
     journal = Journal(run.journal)
-    for step in (3, 4, 5):
+    journal.append(3, 3, {"train/loss": 0.1})  # the fourth step: one step an epoch, one epoch more
+    (entry,) = by_name(tmp_path).values()
+    assert ("test/accuracy" in entry.metrics, entry.tags()) == (False, ["step-000003"])
+    for step in (4, 5):
         journal.append(step, step, {"train/loss": 0.1})
     (entry,) = by_name(tmp_path).values()
     assert "test/accuracy" not in entry.metrics

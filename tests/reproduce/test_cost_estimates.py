@@ -113,7 +113,7 @@ def test_the_rest_of_a_training_that_stopped(tmp_path: Path) -> None:
     half.mkdir()
     (half / "metrics.jsonl").write_text('{"step": 68625, "epoch": 152, "time": 1.0, "train/loss": 1.0}\n')
     stopped = PlannedTrial(stopped.trial, stopped.settings, "a", "resume", (), Run(half))
-    assert rates.training_seconds(stopped) == pytest.approx((305 * 450 - 68625) * 0.1 + 5.0)
+    assert rates.training_seconds(stopped) == pytest.approx((305 * 450 - 68626) * 0.1 + 5.0)  # of steps 0 to 68625
 
 
 def test_disk_space_is_a_finished_runs_else_that_of_the_checkpoints(tmp_path: Path) -> None:

@@ -137,3 +137,15 @@ def test_a_run_that_was_measured_again_after_an_export_has_the_numbers_of_both(
     for order in ([whole, earlier], [earlier, whole]):
         study_export.join(tmp_path / "joined", order, [TARGET])
         assert study_export.differing_numbers(tmp_path / "joined", whole) == []
+
+
+def test_runs_whose_folders_have_one_name_are_all_exported(study: Callable[..., Path], tmp_path: Path) -> None:
+    outcomes = []
+    for seed in range(3):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        run = write_run(folder, "vit", seed, name="vit", measured={"hessian": spectrum(0.1 * seed)})
+        outcomes.append(SimpleNamespace(run=run.path, results=("hessian/end-0badcafe",)))
+    entries = study_export.read(study("one", outcomes), TARGET)
+    neps = [m.scalars["negative_eigenvalue_proportion"] for entry in entries for m in entry.results]
+    assert [(entry.id, entry.seed) for entry in entries] == [(f"seed{seed}-vit", seed) for seed in range(3)]
+    assert neps == [0.0, 0.1, 0.2]

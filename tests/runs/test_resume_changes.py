@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.helpers.configurations import composed
+from tests.helpers.report_runs import write_run
 from tests.helpers.run_folders import losses, only_run
 from vitscope.config import experiment_identity
 from vitscope.runs import metrics_log, resume_changes, run_dir
@@ -228,3 +229,23 @@ def test_what_is_stated_of_a_model_is_no_change() -> None:
     deeper = OmegaConf.merge(stated, {"model": {"depth": 3}})
     assert resume_changes.changes(stored, stated) == resume_changes.changes(stated, stored) == []
     assert resume_changes.changes(stored, deeper) == [resume_changes.Change("model.depth", 2, 3)]
+
+
+def test_changes_of_several_resumes_are_all_kept(tmp_path: Path) -> None:
+    """Whether the learning rates are another training's follows from the changes of the length, however early."""
+    run = write_run(tmp_path, "vit")
+    rows = [("trainer.max_epochs", 3, 9, 20), ("trainer.devices", 1, 2, 60)]
+    for key, old, new, step in rows:
+        resume_changes.record(run, run.config(), [resume_changes.Change(key, old, new)], step)
+    assert [tuple(row[name] for name in ("key", "old", "new", "step")) for row in run.provenance()["changes"]] == rows
+    assert experiment_identity.changed_lengths(run.config(), run.provenance()) == [["trainer.max_epochs", 3, 9]]
+
+
+@pytest.mark.parametrize(("kind", "is_changeable"), [("LearningRateMonitor", True), ("EarlyStopping", False)])
+def test_an_observer_is_not_replaced_by_what_may_stop_a_training(kind: str, is_changeable: bool) -> None:
+    trees = [
+        OmegaConf.create({"callbacks": {"watch": {"_target_": f"pytorch_lightning.callbacks.{name}"}}})
+        for name in ("DeviceStatsMonitor", kind)
+    ]
+    for stored, cfg in (trees, reversed(trees)):
+        assert resume_changes._is_changeable("callbacks.watch._target_", stored, cfg) == is_changeable

@@ -9,6 +9,7 @@ import torch
 from vitscope.diagnostics.cka._hsic import hsic
 from vitscope.diagnostics.cka.cka import _jackknife, _ratio
 from vitscope.diagnostics.corruption.corruption import standard_error
+from vitscope.stats.intervals import t_half_width_of_rows
 
 # ---- standard errors that are printed as such: their squares are right on average
 
@@ -61,3 +62,10 @@ def test_the_standard_error_of_the_mean_accuracy_under_corruption_is_calibrated(
 def test_images_that_agree_have_no_standard_error() -> None:
     for agreeing in (np.ones(50), np.zeros(3), np.full(7, 0.1), np.ones(1), np.ones(0)):
         assert np.isnan(standard_error(agreeing))
+
+
+def test_two_rows_have_an_interval_and_fewer_than_asked_for_have_none() -> None:
+    rows = np.array([[1.0, 5.0], [2.0, 5.0]])
+    np.testing.assert_allclose(t_half_width_of_rows(rows), [np.tan(np.pi * 0.475) / 2, 0.0], rtol=1e-12)  # Cauchy
+    assert np.isnan(t_half_width_of_rows(rows, least=3)).all()
+    assert np.isnan(t_half_width_of_rows(rows[:1])).all()

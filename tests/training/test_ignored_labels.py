@@ -160,6 +160,7 @@ def test_validation_metrics() -> None:
     """Batches of 4 images of which 3, 1 and none have a label: every metric is that of the four."""
     torch.manual_seed(5)
     logits, y = torch.randn(12, 7), torch.tensor([0, 6, -100, 2, -100, -100, 5, -100, -100, -100, -100, -100])
+    y[0] = logits[0].argsort(descending=True)[4]  # right among five, not among four
     module = Classifier(nn.Identity(), num_classes=7, optimizer=torch.optim.SGD, label_smoothing=0.1)
     module.log = lambda *_, **__: None
     for part in range(3):
@@ -173,6 +174,9 @@ def test_validation_metrics() -> None:
     scores = metrics["scores"].compute()
     assert float(scores["accuracy"]) == pytest.approx(expected.accuracy)
     assert float(scores["ece"]) == pytest.approx(expected.ece, abs=1e-6)
+    in_top = [float((logits[keep].topk(k).indices == y[keep][:, None]).any(1).float().mean()) for k in (4, 5, 6)]
+    assert float(scores["accuracy_top5"]) == pytest.approx(in_top[1])
+    assert in_top[0] < in_top[1] <= in_top[2]
     p = logits[keep].softmax(1)
     brier = (p - F.one_hot(y[keep], 7)).square().sum(1).mean()
     assert float(metrics["brier"].compute()) == pytest.approx(float(brier), rel=1e-6)

@@ -194,7 +194,7 @@ def _row(summary: Summary) -> tuple[str, ...]:
     tags = ", ".join(summary.tags)
     cells = (entry.label, entry.data, summary.experiment, tags, str(entry.seed), summary.state, metrics, measured)
     return (
-        entry.id,
+        entry.run.id,
         *(" ".join(c.split()) or "-" for c in cells),
         size_text(summary.size),
         duration_text(summary.age_s),

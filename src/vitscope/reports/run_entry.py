@@ -29,6 +29,7 @@ class Entry:
         group: Digest of the experiment, the seed left out.
         label: The experiment's name in this report.
         superseded: Whether a later run repeats it (then only the list of runs shows it).
+        name: Name among the runs of a report where several folders have one name, see `vitscope.reports.run_index.labeled`.
     """
 
     run: Run
@@ -40,11 +41,12 @@ class Entry:
     group: str = ""
     label: str = ""
     superseded: bool = False
+    name: str = ""
 
     @property
     def id(self) -> str:
-        """The folder's name."""
-        return self.run.id
+        """The folder's name; where several folders of a report have it, with the folders above that tell them apart."""
+        return self.name or self.run.id
 
     @property
     def seed(self) -> int:

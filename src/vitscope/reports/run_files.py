@@ -133,9 +133,13 @@ def _at_its_step(measured: Measured, last_step: int | None) -> Measured:
     """Return a result of the end; with the tag of its step where the training went on after it.
 
     A finished run that is trained further keeps the results of its first end, and whether it measures them again is open.
+
+    Args:
+        measured: The result, whose card states the number of steps before it.
+        last_step: The last step of the training, counted from 0.
     """
     step = measured.card.step if measured.card is not None else None
-    if step is None or last_step is None or step >= last_step or measured.tag.partition("-")[0] != END:
+    if step is None or last_step is None or step > last_step or measured.tag.partition("-")[0] != END:
         return measured
     return replace(measured, tag=tag_of_step(step) + measured.tag.removeprefix(END))  # of averages: end-ema
 

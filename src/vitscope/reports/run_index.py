@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,23 +54,42 @@ def collect(runs: Sequence[Run], damaged: list[Damage] | None = None, root: Path
 
 
 def labeled(entries: Sequence[Entry]) -> list[Entry]:
-    """Return entries with their labels, and which of them are superseded, in the order of `collect`."""
-    labels = _labels(entries)
+    """Return entries with their labels, their names, and which of them are superseded, in the order of `collect`.
+
+    No two folders have one name: of ``seed0/vit`` and ``seed1/vit`` these are the names, and not ``vit``.
+    """
+    labels, names = _labels(entries), _names({entry.run.path for entry in entries})
     counting: dict[tuple[str, int], Entry] = {}
     for entry in entries:
         best = counting.setdefault((entry.group, entry.seed), entry)
         if _rank(entry) >= _rank(best):
             counting[entry.group, entry.seed] = entry
-    counting_ids = {entry.id for entry in counting.values()}
+    counting_paths = {entry.run.path for entry in counting.values()}
     labeled = [
         replace(
             entry,
             label=labels[entry.group],
-            superseded=entry.trained and entry.id not in counting_ids,
+            superseded=entry.trained and entry.run.path not in counting_paths,
+            name=names[entry.run.path],
         )
         for entry in entries
     ]
     return sorted(labeled, key=lambda e: (e.data, e.family, _natural(e.label), e.group, e.superseded, e.seed, e.id))
+
+
+def _names(paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the name of each folder, with as many of the folders above it as tell it from others of that name."""
+    alike: dict[str, list[Path]] = {}
+    for path in paths:
+        alike.setdefault(path.name, []).append(path)
+    names: dict[Path, str] = {}
+    for same_name in alike.values():
+        for path in same_name:
+            depth = next(
+                n for n in itertools.count(1) if [other.parts[-n:] for other in same_name].count(path.parts[-n:]) == 1
+            )
+            names[path] = "/".join(path.parts[-depth:])
+    return names
 
 
 def _labels(entries: Sequence[Entry]) -> dict[str, str]:

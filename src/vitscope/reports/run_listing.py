@@ -81,7 +81,7 @@ class Summary:
         """Return the summary as plain values for JSON."""
         entry = self.entry
         return {
-            "id": entry.id,
+            "id": entry.run.id,
             "path": str(entry.run.path),
             "model": experiment_identity.short_name(entry.config),
             "label": entry.label,
@@ -206,7 +206,7 @@ def ordered(summaries: Sequence[Summary], key: str) -> list[Summary]:
 
 def _value(summary: Summary, name: str) -> Any:
     if name in SORT_KEYS:
-        values = {"size": summary.size, "age": summary.age_s, "seed": summary.entry.seed, "id": summary.entry.id}
+        values = {"size": summary.size, "age": summary.age_s, "seed": summary.entry.seed, "id": summary.entry.run.id}
         values |= {"model": summary.entry.label, "data": summary.entry.data, "experiment": summary.experiment}
         return (values | {"state": summary.state})[name]
     value = summary.entry.metrics.get(name)

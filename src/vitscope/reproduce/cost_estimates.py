@@ -105,8 +105,9 @@ class Rates:
             return None
         if rate is None:  # a few steps tell the time of as many alone
             return self._whole_s.get((kind, steps)) if planned.state != RESUME else None
-        n_done = last_row(planned.run).get("step", 0) if planned.state == RESUME and planned.run is not None else 0
-        return max(0, steps - int(n_done or 0)) * rate.seconds_per_step + rate.other_s
+        row = last_row(planned.run) if planned.state == RESUME and planned.run is not None else {}
+        n_done = int(row["step"]) + 1 if row.get("step") is not None else 0
+        return max(0, steps - n_done) * rate.seconds_per_step + rate.other_s
 
     def measurement_seconds(self, planned: PlannedTrial, measurement: Measurement) -> float | None:
         """Return how long a measurement takes; None where it is unknown."""
@@ -205,7 +206,8 @@ def _steps_per_epoch(cfg: Mapping[str, Any], train_images: Mapping[str, int]) ->
     n_images = train_images.get(str(data.get("name")))
     if n_images is None or devices not in (1, "1") or trainer.get("num_nodes", 1) != 1:
         return float(limit) if isinstance(limit, int) and limit >= 1 else None
-    n_batches = math.ceil(n_images * float(data.get("fraction") or 1.0) / int(data["batch_size"]))
+    share = n_images * float(data.get("fraction") or 1.0) / int(data["batch_size"])
+    n_batches = math.floor(share) if data.get("drop_last") else math.ceil(share)
     n_batches = min(n_batches, limit) if isinstance(limit, int) else int(n_batches * float(limit))  # as Lightning does
     return math.ceil(n_batches / int(trainer.get("accumulate_grad_batches") or 1))
 

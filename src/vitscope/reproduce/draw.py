@@ -30,6 +30,7 @@ from vitscope.reports.tables.table import Table
 from vitscope.reports.value_lookup import Selection
 from vitscope.reproduce.plan import Drawing, Relation, Target
 from vitscope.runs import run_dir
+from vitscope.runs.run_dir import Run
 
 
 class TrialOutcome(Protocol):
@@ -81,16 +82,13 @@ def draw_numbers(target: Target, report_entries: Sequence[Entry], out: Path) -> 
 
 def entries(outcomes: Sequence[TrialOutcome]) -> list[Entry]:
     """Return the runs with those results only that their trials asked for."""
-    requested_results: dict[str, set[str]] = {}
+    requested_results: dict[Run, set[str]] = {}
     for outcome in outcomes:
         if outcome.run is not None:
-            requested_results.setdefault(outcome.run.name, set()).update(outcome.results)
-    all_entries = run_index.collect(
-        [run_dir.find(path) for path in dict.fromkeys(o.run for o in outcomes if o.run is not None)]
-    )
+            requested_results.setdefault(run_dir.find(outcome.run), set()).update(outcome.results)
     return [
-        replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in requested_results[e.id]))
-        for e in all_entries
+        replace(e, results=tuple(m for m in e.results if f"{m.analysis}/{m.path.stem}" in requested_results[e.run]))
+        for e in run_index.collect(list(requested_results))
     ]
 
 

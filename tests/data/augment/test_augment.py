@@ -9,6 +9,7 @@ from scipy.stats import ks_2samp
 from timm.data.random_erasing import RandomErasing
 
 from vitscope.data import philox
+from vitscope.data.augment import augment as augmentation
 from vitscope.data.augment.augment import CROP_PADDING, Recipe, augment, crop_flip, erase, normalize
 from vitscope.data.philox import AUGMENT, Key
 from vitscope.runtime.errors import ConfigError
@@ -65,6 +66,13 @@ def test_augmentation_leaves_its_input_alone(images):
     assert torch.equal(images, before)
 
 
+def test_uncovered_pixels_have_the_mean_color_as_timm_rounds_it(images, monkeypatch):
+    fills = []
+    monkeypatch.setattr(augmentation, "rand_augment", lambda images, draws, policy, fill: fills.append(fill) or images)
+    augment(images, key(np.arange(64)), Recipe(augment="rand-m9-n2", mean=(0.485, 0.456, 0.406)))
+    assert fills == [(124, 116, 104)]  # 255 times the mean is 123.7, 116.3 and 103.5
+
+
 def test_normalize_is_the_definition(images):
     expected = (images.double() / 255 - torch.tensor(MEAN, dtype=torch.float64).view(3, 1, 1)) / torch.tensor(
         STD, dtype=torch.float64
@@ -85,6 +93,7 @@ def test_erased_rectangles_are_distributed_as_timms():
         height, width = gone.any(2).sum(1), gone.any(1).sum(1)
         np.testing.assert_array_equal(gone.sum((1, 2)), height * width)  # one full rectangle, or none
         assert (height > 0).mean() == pytest.approx(0.6, abs=0.03)  # four standard errors
+        assert max(height.max(), width.max()) < 32  # what does not fit is drawn again
         hit = height > 0
         boxes.append((height[hit], width[hit], gone.any(2).argmax(1)[hit], gone.any(1).argmax(1)[hit]))
     for ours, timms in zip(*boxes):

@@ -101,6 +101,15 @@ def test_magnitudes_signs_and_filters_are_timms():
     assert choice.applied.mean() == pytest.approx(0.5, abs=0.015)
 
 
+def test_strengths_above_a_deviation_of_100_are_uniform_up_to_the_magnitude():
+    """As timm's: such a deviation stands for an infinite one, and the bound holds after the draw."""
+    draws = uniforms(np.arange(1000), 5, seed=0, stream=AUGMENT)
+    level = randaugment.choose(draws, randaugment.Policy.parse("rand-m9-mstd101")).level
+    np.testing.assert_allclose(level, 0.9 * draws[:, 2], rtol=1e-12)
+    bounded = randaugment.choose(draws, randaugment.Policy.parse("rand-m9-mstd101-mmax5")).level
+    np.testing.assert_allclose(bounded, np.minimum(0.9 * draws[:, 2], 0.5), rtol=1e-12)
+
+
 def test_mean_image_statistics_equal_timms():
     rng = np.random.default_rng(3)
     images = np.repeat(np.repeat(rng.integers(0, 256, (1500, 8, 8, 3), dtype=np.uint8), 4, 1), 4, 2)

@@ -16,7 +16,7 @@ from tests.helpers.image_folders import module
 from vitscope.data import DataModule
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.philox import AUGMENT, Key
-from vitscope.data.sources import folder
+from vitscope.data.sources import file_images, folder
 from vitscope.data.sources.file_images import model_recipe
 from vitscope.runtime.errors import ConfigError, DataError
 
@@ -193,3 +193,11 @@ def test_images_in_memory_refuse_a_models_crop():
     with pytest.raises(ConfigError, match=r"data\.transform=model: the images of photos are in memory"):
         data.adapt_to(model)
         data.split("test")
+
+
+@pytest.mark.parametrize(("flip", "erasing"), [(True, 0.0), (False, 0.25)])
+def test_files_are_flipped_and_erased_as_often_as_the_recipe_says(flip: bool, erasing: float) -> None:
+    transform = file_images._transform(Recipe(augment="crop_flip", flip=flip, random_erasing=erasing))
+    steps = {type(step).__name__: step for step in transform.transforms}
+    assert getattr(steps.get("RandomHorizontalFlip"), "p", 0.0) == 0.5 * flip
+    assert getattr(steps.get("RandomErasing"), "probability", 0.0) == erasing

@@ -259,3 +259,12 @@ def test_signed_bytes_are_refused(tmp_path: Path) -> None:
     Image.new("L", (2, 2), 200).save(tmp_path / "a.tif", tiffinfo={339: 2})
     with pytest.raises(DataError, match=r"a\.tif are signed 8-bit integers"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_gray_of_16_bits_is_rounded_to_the_nearest_of_8(tmp_path: Path, ending: str) -> None:
+    samples = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(samples).save(tmp_path / f"gray.{ending}")
+    read = np.asarray(read_image(tmp_path / f"gray.{ending}"))
+    # 255 / 65535 = 1 / 257, and no sample lies between two bytes, since 257 is odd
+    np.testing.assert_array_equal(read, np.repeat((samples.astype(int) + 128)[..., None] // 257, 3, axis=2))

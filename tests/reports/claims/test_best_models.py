@@ -94,3 +94,22 @@ def test_a_setting_with_two_recipes_a_side_goes_before_one_with_more_seeds(
     found = best_against_cnns(tmp_path)
     assert found.values == pytest.approx({0: 0.2}, rel=1e-12)
     assert found.blocked == ""
+
+
+def test_batches_of_other_sizes_are_other_recipes_of_one_setting(accuracies: Callable, tmp_path: Path) -> None:
+    for size, val in ((16, 0.6), (32, 0.5)):
+        accuracies("alternet", 0.1, val, val, data__batch_size=size)
+    for size, val in ((64, 0.4), (128, 0.3)):
+        accuracies("convnet", 0.1, val, val, data__batch_size=size)
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: 0.6 - 0.4}, rel=1e-12)
+    assert found.blocked == ""
+
+
+def test_the_fewest_recipes_of_a_side_are_stated(accuracies: Callable, tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr)
+    for lr in (0.1, 0.2, 0.3):
+        accuracies("alternet", lr, 0.5 - lr, 0.5 - lr, model__placement="stage_start")
+    accuracies("convnet", 0.1, 0.4, 0.4)
+    assert best_against_cnns(tmp_path).blocked == "not each at its best recipe: 2 and 1 tried"

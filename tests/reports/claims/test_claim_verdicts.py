@@ -183,6 +183,13 @@ def test_parts_against_a_claim_need_more_seeds_for_each_other_part() -> None:
     assert judge(part(SEVEN, -1), part(SEVEN), part(SEVEN)).verdict == "contradicted"
 
 
+def test_the_part_with_the_clearest_effect_against_a_claim_tells_whether_its_seeds_agree() -> None:
+    """Two parts are against the claim; the seeds of one of them do not agree in sign, and its t-test is the weaker."""
+    mixed = {0: 1.0, 1: 1.01, 2: 0.99, 3: 1.0, 4: -0.001}
+    assert judge(part(FIVE, -1), part(mixed, -1)).verdict == "suggested against"
+    assert judge(part(mixed, -1), part(FIVE, -1)).verdict == "suggested against"
+
+
 def test_one_seed_of_the_other_sign_is_not_suggested_however_small_it_is() -> None:
     found = judge(part({0: 1.0, 1: 1.01, 2: 0.99, 3: 1.0, 4: -0.001, 5: 1.0}))
     assert found.verdict == "inconclusive"
@@ -227,6 +234,19 @@ def test_the_table_states_the_power_of_the_design() -> None:
     few = claim_verdicts.table(claim_verdicts.judge(NOTHING, [claim(part(FIVE), name=str(i)) for i in range(2)]))
     assert "5 seeds can decide nothing at this step, 7 are needed" in few.note
     assert "no power" in claim_verdicts.table(claim_verdicts.judge(NOTHING)).note
+
+
+def test_the_power_is_stated_for_the_fewest_and_the_most_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim_verdicts, "power", lambda n, level, effect: n * level * effect)
+    parts = [part({seed: 1.0 + 0.01 * seed for seed in range(n)}) for n in (10, 7, 8)]
+    text = claim_verdicts.power_text(
+        claim_verdicts.judge(NOTHING, [claim(parts[0], parts[1], name="a"), claim(parts[2])])
+    )
+    assert (
+        "over 2 claims: with 7 seeds 18% for 1, 35% for 2, 70% for 4 standard deviations" in text
+    )  # 7 x 0.05 / 2 x effect
+    assert "; with 10 seeds 25% for 1, 50% for 2, 100% for 4 standard deviations" in text
+    assert "8 seeds" not in text
 
 
 def test_without_runs_every_claim_of_the_paper_is_not_measured() -> None:

@@ -195,3 +195,29 @@ def test_a_model_at_no_minimum_is_not_called_flat() -> None:
     assert factorial_tables._flatter(falling, rising, difference) == "no minimum: ConvNet"
     assert factorial_tables._flatter(rising, falling, difference) == "no minimum: ViT"
     assert factorial_tables._flatter(rising, rising, difference) == "ConvNet"
+    uncertain = Interval(-0.02, 0.05, 0.4, 5)
+    assert factorial_tables._flatter(uncertain, rising, difference) == "no minimum: ConvNet"
+
+
+@pytest.mark.parametrize(
+    ("shares", "conclusion"),
+    [
+        ((0.5, 0.3, 0.1), "training makes 50% of how the difference varies"),
+        ((0.2, 0.6, 0.1), "images makes 60% of how the difference varies"),
+        ((0.3, 0.2, 0.1), "no factor alone: interactions make 40% of how the difference varies"),
+    ],
+)
+def test_the_sentence_names_the_largest_share(shares: tuple[float, ...], conclusion: str) -> None:
+    nothing = Interval(0.0, 0.1, 0.5, 3)
+    effects = tuple(
+        factorial_analysis.Effect("rise", "half_sq", factor, nothing, nothing, nothing, share, 0)
+        for factor, share in zip(factorial_analysis.FACTORS, shares)
+    )
+    lower = factorial_analysis.conditions("half_sq")[:3]
+    values = {
+        ("rise", c, "difference"): Interval(-1.0 if c in lower else 1.0, 0.1, 0.0, 3)
+        for c in factorial_analysis.CONDITIONS
+    }
+    result = factorial_analysis.FactorialResult({}, (0, 1, 2), values, effects, (), {})
+    sentence = factorial_tables.verdict_sentence(result, "rise", "half_sq")
+    assert sentence.endswith(f": ViT looks flatter in 3 of 8 conditions; {conclusion}.")

@@ -105,3 +105,28 @@ def test_runs_of_another_comparison_do_not_decide_under_which_conditions_this_on
     (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
     assert len(judged.findings[0].effect.values) == 5
     assert judged.findings[0].effect.refused == ""
+
+
+def test_results_without_recorded_conditions_do_not_decide_those_of_the_others(
+    make_run: Callable, tmp_path: Path
+) -> None:
+    for seed in range(9):
+        card = other_card(options={} if seed < 3 else None)  # six of nine are of an older version
+        make_run("alternet", seed, measured={"hessian": spectrum(ape=100.0 + seed, card=card)})
+        make_run("convnet", seed, measured={"hessian": spectrum(ape=200.0, card=card)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
+    assert set(judged.findings[0].effect.values) == {0, 1, 2}
+
+
+def test_a_report_of_the_newest_results_judges_those(make_run: Callable, tmp_path: Path) -> None:
+    for seed in SEEDS:
+        make_run("alternet", seed, measured={"hessian@epoch-0001": spectrum(ape=100.0 + seed)})
+        make_run("convnet", seed, measured={"hessian@epoch-0001": spectrum(ape=200.0)})
+    (claim,) = [c for c in CLAIMS if c.name == "msa_flattens"]
+    newest = bench(tmp_path)
+    newest.selection.or_newest = True
+    (judged,) = claim_verdicts.judge(newest, [claim])
+    assert set(judged.findings[0].effect.values) == set(SEEDS)
+    (judged,) = claim_verdicts.judge(bench(tmp_path), [claim])
+    assert judged.findings[0].verdict == claim_verdicts.NOT_MEASURED

@@ -51,6 +51,13 @@ def test_a_number_on_the_axis(make_run: Callable, tmp_path: Path) -> None:
     assert len(scatter_figures.draw(points, "slice.nll_center", ("1-test/accuracy",)).axes) == 1
 
 
+def test_a_missing_number_is_named_by_its_quantity(make_run: Callable, tmp_path: Path) -> None:
+    make_run("vit", measured={"slice": curve()}, metrics={"test/nll": 1.0})
+    make_run("convnet", metrics={"test/accuracy": 0.9})
+    _, table = scatter_figures.collect(selection(tmp_path), "slice.nll_center", ("test/accuracy",), "numbers")
+    assert sorted(problem.metric for problem in table.problems) == ["slice.nll_center", "test/accuracy"]
+
+
 def test_categories_keep_numbers_first(make_run: Callable, tmp_path: Path) -> None:
     for kernel in (5, "global", 3):
         make_run("convit", model__kernel_size=kernel)

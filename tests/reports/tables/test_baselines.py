@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_a_model_stands_beside_its_initialization_and_random_labels(make_run: Ca
     picture = figure_worker.draw(figure_captions.drawing_job(panel, tmp_path / "figures"))
     assert picture.problem == ""
     assert picture.labels == ("trained", "at initialization", "trained on random labels")
+
+
+def test_random_labels_are_those_that_a_model_was_trained_on(make_run: Callable, tmp_path: Path) -> None:
+    """Before its first step a model has not seen its labels: what was measured then is no baseline of their kind."""
+    make_run("vit", data__random_labels=False, measured={"slice": curve()})
+    run = make_run("vit", data__random_labels=True, measured={"slice": curve(), "slice@init": curve()})
+    (first,) = (run.results / "slice").glob("init-*.json")
+    os.utime(first, (2e9, 2e9))  # measured last
+    (panel,), _ = baselines.panels(collect(tmp_path))
+    assert [(c.label, c.measured.tag) for c in panel.curves] == [
+        ("trained", "end"),
+        ("trained on random labels", "end"),
+    ]
 
 
 def test_labels_say_which_labels_a_model_was_trained_on(make_run: Callable, tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def test_a_half_width_is_never_printed_as_none(mean: float, half_width: float, t
     assert cells.interval_text(Interval(mean, half_width, 0.5, 3), ".3f") == text
 
 
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [(101.0, 2.484, "101.0 ± 2.5"), (0.052, 2.484, "0.052 ± 2.484"), (0.0, 2.484, "0.0 ± 2.5"), (1234.0, 567.0, "1234 ± 567")],
+)  # fmt: skip
+def test_the_smaller_of_mean_and_half_width_has_two_digits(mean: float, half_width: float, text: str) -> None:
+    assert cells.interval_text(Interval(mean, half_width, 0.5, 3), ".4g") == text
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-9])
 def test_equal_seeds_have_a_mean_and_no_half_width(noise: float) -> None:
     values = {f"run {i}": Value(0.25 + i * noise) for i in range(3)}

@@ -46,6 +46,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         {name: value * float("nan") if value.is_floating_point() else value for name, value in S.items()},
         rf"{FIRST} holds values that are not finite: training has diverged \(and \d+ more\); use an earlier checkpoint",
     ),
+    "one weight that is infinite": (
+        with_entry("5.bias", torch.full_like(S["5.bias"], float("-inf"))),
+        "5.bias holds values that are not finite: training has diverged; use an earlier checkpoint",
+    ),
+    "one key missing under the prefixes of wrappers": (
+        {"state_dict": prefixed("module._orig_mod.", {k: v for k, v in S.items() if k != "5.bias"})},
+        "ckpt_path=[^:]*: 5.bias: the checkpoint lacks it; use the model it was made with",
+    ),
     "a pickled network": (
         WEIGHTS,
         r"holds a pickled module \(torch\.nn\.\S+\), .*; save model\.state_dict\(\) instead",

@@ -60,7 +60,7 @@ def export(summaries: Sequence[Summary], target: Path, overwrite: bool = False) 
 
 
 def _check(summaries: Sequence[Summary], target: Path, overwrite: bool) -> None:
-    ids = [summary.entry.id for summary in summaries]
+    ids = [summary.entry.run.id for summary in summaries]
     for name in ids:
         if ids.count(name) > 1:
             raise ConfigError("run", name, "the id of several of these runs", "export them into different bundles")
@@ -83,8 +83,8 @@ def _check(summaries: Sequence[Summary], target: Path, overwrite: bool) -> None:
 
 def _contents(summaries: Sequence[Summary]) -> dict[str, bytes]:
     """Return the bundle's files by their paths in it."""
-    files = {f"{s.entry.id}/{name}": content for s in summaries for name, content in _run_files(s.entry.run)}
-    marker = {"kind": "vitscope runs", "runs": [s.entry.id for s in summaries], "files": sorted(files)}
+    files = {f"{s.entry.run.id}/{name}": content for s in summaries for name, content in _run_files(s.entry.run)}
+    marker = {"kind": "vitscope runs", "runs": [s.entry.run.id for s in summaries], "files": sorted(files)}
     return {MARKER: json.dumps(marker, indent=2).encode(), "runs.csv": _table(summaries), **files}
 
 

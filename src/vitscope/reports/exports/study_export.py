@@ -47,9 +47,9 @@ def write(folder: Path, profile: str, targets: Mapping[str, Sequence[Entry]]) ->
     entries: dict[str, Entry] = {}
     results: dict[str, dict[str, Measured]] = {}
     for entry in (entry for of_target in targets.values() for entry in of_target):
-        entries.setdefault(entry.id, entry)
-        results.setdefault(entry.id, {}).update({_name(m): m for m in entry.results})
-    names = {name: {e.id: sorted(map(_name, e.results)) for e in of_target} for name, of_target in targets.items()}
+        entries.setdefault(_key(entry), entry)
+        results.setdefault(_key(entry), {}).update({_name(m): m for m in entry.results})
+    names = {name: {_key(e): sorted(map(_name, e.results)) for e in of_target} for name, of_target in targets.items()}
     runs = {key: _run(entry, results[key]) for key, entry in entries.items()}
     return study_files.write(Study(folder, profile, names, runs))
 
@@ -164,6 +164,11 @@ def _numbers(folder: Path) -> Iterator[tuple[str, float | None]]:
             yield from ((f"{run} {name}", value) for name, value in entry.metrics.items())
             for m in entry.results:
                 yield from ((f"{run} {_name(m)} {name}", value) for name, value in m.scalars.items())
+
+
+def _key(entry: Entry) -> str:
+    """Return the name of a run's file."""
+    return entry.id.replace("/", "-")
 
 
 def _name(measured: Measured) -> str:
