@@ -249,9 +249,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in operators.probe.local_batches() if index < n_batches)
 
-    n_local = torch.tensor(
-        float(sum(operators.probe.objective.n_examples(y) for _, (_, y) in batches())), dtype=torch.float64
-    )
+    with distributed.failing_together():
+        count = sum(operators.probe.objective.n_examples(y) for _, (_, y) in batches())
+    n_local = torch.tensor(float(count), dtype=torch.float64)
     n_images = int(distributed.all_reduce_sum(n_local.to(operators.probe.device)).item())
     operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
