@@ -230,17 +230,18 @@ def agree_on_failure(error: Exception) -> None:
 
     Raises:
         DistributedError: another rank has not failed within `PATIENCE_S` seconds, failed in another place, or is gone.
+        Exception: the error itself, where another rank is gone or hangs: no collective operation can follow.
     """
     global _n_failures
     if world_size() == 1:
         return
     _n_failures += 1
     if _is_group_lost():
-        raise _lost(f"another process died or hangs ({first_line(error)})") from error
+        raise error
     try:
         has_failed_everywhere = _is_told_by_all(f"{_n_collectives} {first_line(error)}")
-    except RuntimeError as lost:  # torch.distributed.DistError
-        raise _lost(f"another process died ({first_line(lost)}) after: {first_line(error)}") from error
+    except RuntimeError:  # torch.distributed.DistError: the rank that holds the store is gone
+        raise _lost(f"another process died, after: {first_line(error)}") from error
     if not has_failed_everywhere:
         raise _lost(f"rank {rank()} failed where the others did not ({first_line(error)})") from error
     gather_objects(None)  # the store is one rank's: it stays until all have looked
