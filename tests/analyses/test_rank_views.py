@@ -46,9 +46,10 @@ def views(folder: Path) -> dict[str, Any]:
     runner.probe_request = lambda *_: {}
     runner._stem = lambda analysis, _: analysis.name
     runner._earlier = lambda path, _: object() if is_first and path.stem == "cka" else None
+    seen: Any = arguments._previous(first, place, "settings")
     return {
         "rows": dict(rows),
-        "steps": arguments._previous(first, place, "settings").steps.tolist(),
+        "steps": seen.steps.tolist(),
         "checkpoints": arguments._checkpoints(place).labels,
         "sharing": [other.name for other in runner._sharing(first, place, "weights", True)],
     }

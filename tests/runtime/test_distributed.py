@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.helpers.processes import results_of_ranks
@@ -103,15 +104,21 @@ def nested_failures() -> list[Any]:
             fail_inside()
         fail_before_gather()
 
-    texts = [heard(block) for block in (fail_before_gather, fail_inside, handle_and_fail_again)]
+    def fail_before_sum() -> None:
+        with distributed.failing_together(device=torch.device("cpu")):
+            if is_failing:
+                raise MemoryError
+
+    texts = [heard(block) for block in (fail_before_gather, fail_inside, handle_and_fail_again, fail_before_sum)]
     return [*texts, distributed.gather_objects(len(texts))]
 
 
 def test_a_rank_fails_where_others_gather(tmp_path: Path) -> None:
     first, second = results_of_ranks(nested_failures, tmp_path)
-    of_key = "OtherRankError: trainer.devices: another rank failed: rank 1: 'blocks'; see its output"
-    assert first == [of_key, "ValueError: another rank failed: rank 1: no images", of_key, [3, 3]]
-    assert second == ["KeyError: 'blocks'", "ValueError: no images", "KeyError: 'blocks'", [3, 3]]
+    of_other = "OtherRankError: trainer.devices: another rank failed: rank 1: {}; see its output"
+    of_key, of_memory = of_other.format("'blocks'"), of_other.format("MemoryError")
+    assert first == [of_key, "ValueError: another rank failed: rank 1: no images", of_key, of_memory, [4, 4]]
+    assert second == ["KeyError: 'blocks'", "ValueError: no images", "KeyError: 'blocks'", "MemoryError: ", [4, 4]]
 
 
 def agreement_of_unequal_ranks(has_left: bool) -> str:
@@ -133,7 +140,7 @@ def agreement_of_unequal_ranks(has_left: bool) -> str:
     return "goes on"
 
 
-@pytest.mark.parametrize(("has_left", "reason"), [(True, "Connection closed by peer"), (False, "failed where the")])
+@pytest.mark.parametrize(("has_left", "reason"), [(True, "onnection"), (False, "failed where the")])
 def test_ranks_that_are_not_at_one_place_do_not_go_on(has_left: bool, reason: str, tmp_path: Path) -> None:
     texts = results_of_ranks(lambda: agreement_of_unequal_ranks(has_left), tmp_path)[: 1 if has_left else 2]
     assert all(text.startswith("7: ") and reason in text for text in texts)

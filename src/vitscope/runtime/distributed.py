@@ -182,7 +182,7 @@ def _is_group_lost() -> bool:
 
 
 @contextlib.contextmanager
-def failing_together(of_all_ranks: bool = True) -> Iterator[None]:
+def failing_together(of_all_ranks: bool = True, *, device: torch.device | None = None) -> Iterator[None]:
     """Raise an exception of the block on the ranks where it occurred, and one that names it on the others.
 
     A rank that failed alone would leave the others waiting for its share in the next collective operation. The block may
@@ -191,6 +191,8 @@ def failing_together(of_all_ranks: bool = True) -> Iterator[None]:
 
     Args:
         of_all_ranks: whether every rank enters the block and none sums tensors in it; else nothing is exchanged.
+        device: where the ranks exchange one number at the end of the block, in place of objects, which takes eight times as
+            long: for a block without a gather inside that is entered for every product.
 
     Raises:
         OtherRankError: another rank failed.
@@ -210,15 +212,22 @@ def failing_together(of_all_ranks: bool = True) -> Iterator[None]:
         return
     try:
         if error is None:
-            gather_objects(None)
+            if device is None or _any_failed(False, device):
+                gather_objects(None)
             return
         if of_all_ranks and not _is_told(error) and not _is_group_lost():
             with contextlib.suppress(RuntimeError):  # ranks that are gone: the error says more than their silence
+                if device is not None:
+                    _any_failed(True, device)
                 gather_objects(_Failure(first_line(error), isinstance(error, ValueError)))
             setattr(error, _TOLD, (rank(), _n_collectives))
         raise error
     finally:
         del error  # its traceback holds this frame: the cycle would keep the tensors of the pass that failed
+
+
+def _any_failed(failed: bool, device: torch.device) -> bool:
+    return bool(all_reduce_sum(torch.tensor(float(failed), device=device)).item())
 
 
 def agree_on_failure(error: Exception) -> None:

@@ -219,7 +219,7 @@ class Curvature:
         """Add ``share(chunk)`` up over chunks and ranks into a flat vector."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         empty = True
-        with distributed.failing_together(self.fails_together):
+        with distributed.failing_together(self.fails_together, device=self.device):
             for chunk in self._chunks():
                 if not empty and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
                     stop_flag.check()
@@ -304,7 +304,7 @@ class GradientsBeside:
         operator = self.operator
         weights, parts = list(operator.parameters.values()), operator.split(direction)
         sums = [torch.zeros_like(direction) for _ in steps]
-        with distributed.failing_together(operator.fails_together):
+        with distributed.failing_together(operator.fails_together, device=operator.device):
             for number, (first_image, x, y) in enumerate(operator.pieces()):
                 if number and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
                     stop_flag.check()
