@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tests.helpers.processes import results_of_ranks
 from vitscope.config.error_translation import code_for
-from vitscope.runtime import distributed
+from vitscope.runtime import distributed, stop_flag
 from vitscope.runtime.errors import DistributedError, OtherRankError
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -144,6 +144,19 @@ def agreement_of_unequal_ranks(has_left: bool) -> str:
 def test_ranks_that_are_not_at_one_place_do_not_go_on(has_left: bool, reason: str, tmp_path: Path) -> None:
     texts = results_of_ranks(lambda: agreement_of_unequal_ranks(has_left), tmp_path)[: 1 if has_left else 2]
     assert all(text.startswith("7: ") and reason in text for text in texts)
+
+
+def stop_of_failed_rank() -> bool:
+    if dist.get_rank() == 0:
+        return True
+    stop_flag.request(15)
+    with pytest.raises(Interrupted):
+        distributed.agree_on_failure(MemoryError("no memory"))
+    return True
+
+
+def test_a_rank_that_waits_for_the_failure_of_others_can_be_stopped(tmp_path: Path) -> None:
+    assert results_of_ranks(stop_of_failed_rank, tmp_path) == [True, True]
 
 
 def test_an_error_does_not_keep_what_its_block_held() -> None:

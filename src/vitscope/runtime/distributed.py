@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import DistributedError, OtherRankError, first_line
 from vitscope.runtime.stop_flag import Interrupted
 from vitscope.runtime.torch_internals import default_store
@@ -238,6 +239,7 @@ def agree_on_failure(error: Exception) -> None:
     store, which needs no collective operation.
 
     Raises:
+        Interrupted: a stop was asked for.
         DistributedError: another rank has not failed within `PATIENCE_S` seconds, failed in another place, or is gone.
         Exception: the error itself, where another rank is gone or hangs: no collective operation can follow.
     """
@@ -262,6 +264,8 @@ def _is_told_by_all(text: str) -> bool:
     store.set(keys[rank()], text)
     end = time.monotonic() + PATIENCE_S
     while not store.check(keys):
+        if (signum := stop_flag.requested()) is not None:
+            raise Interrupted(signum)
         if time.monotonic() > end:
             return False
         time.sleep(_INTERVAL_S)

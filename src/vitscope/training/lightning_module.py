@@ -255,9 +255,8 @@ class Classifier(pl.LightningModule):
             if self.trainer.state.fn == "fit"
             else None
         )
-        n_correct, n_images = map(
-            sum, zip(*gather_objects(self._counts.tolist()))
-        )  # of all ranks: one sum where it goes on
+        # of all ranks: one sum where it goes on
+        n_correct, n_images = map(sum, zip(*gather_objects(self._counts.tolist())))
         if is_epoch_over:
             epoch, batch = epoch + 1, 0
         facts = {"epoch": epoch, "batch": batch, "pending": pending or "", "right": n_correct, "seen": n_images}

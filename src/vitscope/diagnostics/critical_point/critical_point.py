@@ -259,10 +259,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **search).pairs
     converged = bool(pairs.converged.all())
     for share in SHARPER if decide and converged else ():
-        if (
-            not pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
-            or pairs.n_products >= operators.options.max_products
-        ):
+        is_unknown = pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
+        stop = not is_unknown or pairs.n_products >= operators.options.max_products
+        if distributed.gather_objects(stop)[0]:  # rounding may differ between ranks, their products must not
             break
         finer = {**search, "tol": operators.options.tol * share}
         pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **finer).pairs
