@@ -52,7 +52,8 @@ def test_one_rank_merges_its_own_rows() -> None:
 
 
 def test_the_failure_of_another_rank_is_raised_and_finished_rows_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, "no images"] if value is None else [value])
+    failure = distributed._Failure("no images", is_value_error=False)
+    monkeypatch.setattr(distributed, "_objects_of_ranks", lambda value: [value, failure] if value is None else [value])
     partial: dict[str, dict[str, Any]] = {}
     with pytest.raises(RuntimeError, match="another rank failed"):
         map_resumably([1, 2], lambda key: {"value": key}, name=str, partial=partial, description="rows")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -175,3 +176,11 @@ def test_ranks_that_composed_differently_are_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(stop_callbacks, "gather_objects", lambda value: ["aa", "aa", "bb"])
     with pytest.raises(DistributedError, match="rank 2 composed another configuration than rank 0"):
         check.setup(cast(Any, None), cast(Any, None), "fit")
+
+
+def test_ranks_that_resume_at_different_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, trainer = stop_callbacks.ConfigurationCheck("aa"), cast(Any, SimpleNamespace(global_step=6))
+    check.on_train_start(trainer, cast(Any, None))
+    monkeypatch.setattr(stop_callbacks, "gather_objects", lambda step: [step, 3])
+    with pytest.raises(DistributedError, match="rank 1 resumes after step 3 and rank 0 after step 6"):
+        check.on_train_start(trainer, cast(Any, None))

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tests.helpers.processes import results_of_ranks
 from vitscope.data.loader import BatchSampler, Draw
 from vitscope.runtime import distributed
-from vitscope.runtime.errors import DataError
+from vitscope.runtime.errors import DataError, NumericalError
+from vitscope.training.accumulation import StepGroup, refuse_nonfinite
 from vitscope.training.lightning_module import Classifier
 from vitscope.training.sam import SAM
 
@@ -145,6 +147,20 @@ def test_a_step_is_of_the_mean_over_its_images(tmp_path: Path, accumulate, rho, 
 def test_a_step_without_any_label_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image of step 1 has a label"):
         trained(tmp_path, IGNORED, 4, 1, functools.partial(torch.optim.SGD, lr=LR))
+
+
+def error_of_step() -> str:
+    group, loss = StepGroup(), torch.tensor(float("nan") if distributed.rank() else 1.5)
+    group.add(loss, 2, distributed.world_size())
+    with pytest.raises(NumericalError) as raised:
+        refuse_nonfinite(group.loss_sum, 3, 0.1)
+    return str(raised.value)
+
+
+def test_all_ranks_stop_where_one_has_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    first, second = results_of_ranks(error_of_step, tmp_path)
+    assert first == second
+    assert first.startswith("optimizer.lr=0.1: loss nan at step 3")
 
 
 @pytest.mark.parametrize(("y", "accumulate", "rho"), [(Y, 2, RHO), (IGNORED, 2, RHO)], ids=["labeled", "ignored"])

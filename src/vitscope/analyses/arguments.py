@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, open_dict
 from torch import nn
@@ -21,6 +22,7 @@ from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.core.sharding.sharded_parameters import is_sharded
 from vitscope.runs import api, partial_results, run_dir
 from vitscope.runs.checkpoints import checkpoint_sequence
+from vitscope.runtime.distributed import gather_objects, rank
 
 _logger = logging.getLogger(__name__)
 
@@ -43,10 +45,10 @@ def options(
     """
     supply: dict[FromRun, Callable[[], Any]] = {
         FromRun.ROWS: lambda: rows,
-        FromRun.CHECKPOINTS: lambda: checkpoint_sequence.of_run(place.run),
+        FromRun.CHECKPOINTS: lambda: _checkpoints(place),
         FromRun.VALIDATION: lambda: _validation_probe(place),
         FromRun.UNTRAINED: lambda: _model_before_training(analysis, place),
-        FromRun.PREVIOUS: lambda: previous_result.previous(place.run.results / analysis.name, place, settings()),
+        FromRun.PREVIOUS: lambda: _previous(analysis, place, settings()),
     }
     supplied: dict[str, Any] = {}
     for name, kind in run_inputs(analysis.measure).items():
@@ -56,6 +58,23 @@ def options(
         elif value is None:
             supplied[name] = supply[kind]()
     return supplied
+
+
+def _checkpoints(place: AnalysisContext) -> checkpoint_sequence.Snapshots:
+    """Return the run's checkpoints that the first rank sees: another machine may not see yet what it has just written."""
+    return checkpoint_sequence.Snapshots(gather_objects(checkpoint_sequence.of_run(place.run).files)[0])
+
+
+def _previous(analysis: Analysis, place: AnalysisContext, settings: str) -> Any | None:
+    """Return the series' newest result, and the first rank's where ranks do not see the same: all begin with its vectors."""
+    result = previous_result.previous(place.run.results / analysis.name, place, settings)
+    views = gather_objects(None if result is None else _size(result))
+    return result if views == views[:1] * len(views) else gather_objects(result if rank() == 0 else None)[0]
+
+
+def _size(result: Any) -> list[Any]:
+    """Return what tells results of a series apart: their lengths, and whether they have their vectors."""
+    return [value.shape for value in vars(result).values() if isinstance(value, np.ndarray)]
 
 
 def needed_splits(analysis: Analysis, datamodule: Any) -> set[str]:

@@ -18,20 +18,22 @@ from vitscope.plotting.figure_numbers import save_numbers
 from vitscope.runs import metrics_log, result_store
 from vitscope.runs.metrics_log import Journal
 from vitscope.runtime import atomic_write, redaction, safe_files
-from vitscope.runtime.distributed import rank
+from vitscope.runtime.distributed import is_of_other_rank, rank
 from vitscope.runtime.errors import StorageError
 
 
 def failure(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, error: Exception) -> None:
-    """Record a null result with its reason, and go on."""
+    """Record a null result with its reason, and the traceback of every rank whose own error it is."""
     text = redaction.masked(str(error)).strip()
     reason = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     warnings.warn(f"analysis.{analysis.name} failed at {place.tag}: {reason}; recorded as null", stacklevel=3)
     if rank() == 0:
         record = {"measure": analysis.measure.__name__, "error": reason, "scalars": None}
         atomic_write.write_atomically(folder / f"{stem}.json", loading.json.dumps(record, indent=2).encode())
+    if rank() == 0 or not is_of_other_rank(error):
+        of_rank = f", rank {rank()}" if rank() else ""
         trace = redaction.masked("".join(traceback.format_exception(error)))
-        safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}\n{trace}\n")
+        safe_files.append_text(place.run.log, f"analysis.{analysis.name} at {place.tag}{of_rank}\n{trace}\n")
 
 
 def store(analysis: Analysis, place: AnalysisContext, folder: Path, stem: str, result: Any) -> None:

@@ -23,7 +23,7 @@ from vitscope.core.probe import Probe
 from vitscope.runs import partial_results, result_store, run_lock
 from vitscope.runs.checkpoints import checkpoint_manifest, checkpoint_weights
 from vitscope.runtime import stop_flag
-from vitscope.runtime.distributed import agree_on_failure, gather_objects, rank
+from vitscope.runtime.distributed import agree_on_failure, failing_together, gather_objects, rank
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -59,6 +59,7 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return earlier_result
     rows = partial_results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
+    rows.share()
     try:
         result = _measured(analysis, place, weights, rows, reuse)
     except (Interrupted, KeyboardInterrupt, StorageError):
@@ -140,24 +141,30 @@ def _measured(
     result = place.ahead.pop(analysis.name, None)
     if result is None:
         stop_flag.check()
-        request = probe_request(analysis, place.datamodule)
-        facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
-        facts["changes"] = dict(place.changes)
-        root = place.changes.get("data.root")
-        if root is not None:  # the name of the data does not tell these images from the run's
-            described = place.datamodule.describe(request["split"], bool(request["augment"]))
-            facts["data"] = f"{described['data']}, data.root={root}"
-        probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
-        options = {key: arguments.loaded(key, value, probe, request, place) for key, value in analysis.options.items()}
+        with failing_together():  # a split or a file that one rank alone cannot read
+            probe, options = _inputs(analysis, place, weights)
         result = _with_others(analysis, _sharing(analysis, place, weights, reuse), probe, options, place)
         if result is None:
-            result = analysis.measure(
-                probe, **{**options, **arguments.options(analysis, place, rows, lambda: settings_hash(analysis, place))}
-            )
+            with failing_together():
+                options |= arguments.options(analysis, place, rows, lambda: settings_hash(analysis, place))
+            result = analysis.measure(probe, **options)
     bad = [name for name, value in result.scalars().items() if not np.isfinite(value)]
     if bad:
         warnings.warn(f"analysis.{analysis.name}: {', '.join(bad)} not finite; recorded as null", stacklevel=3)
     return result
+
+
+def _inputs(analysis: Analysis, place: AnalysisContext, weights: str) -> tuple[Probe, dict[str, Any]]:
+    """Return the analysis's probe, and its options with what they name loaded."""
+    request = probe_request(analysis, place.datamodule)
+    facts: dict[str, Any] = {"checkpoint": weights, "epoch": place.epoch, "step": place.step}
+    facts["changes"] = dict(place.changes)
+    root = place.changes.get("data.root")
+    if root is not None:  # the name of the data does not tell these images from the run's
+        described = place.datamodule.describe(request["split"], bool(request["augment"]))
+        facts["data"] = f"{described['data']}, data.root={root}"
+    probe = factories.probe(place.cfg, place.network, place.datamodule, request, facts, place.content)
+    return probe, {key: arguments.loaded(key, value, probe, request, place) for key, value in analysis.options.items()}
 
 
 def _sharing(analysis: Analysis, place: AnalysisContext, weights: str, reuse: bool) -> list[Analysis]:
@@ -167,12 +174,14 @@ def _sharing(analysis: Analysis, place: AnalysisContext, weights: str, reuse: bo
     request = probe_request(analysis, place.datamodule)
     names = [other.name for other in place.due]
     later = place.due[names.index(analysis.name) + 1 :] if analysis.name in names else ()
-    return [
+    sharing = [
         other for other in later
         if feature_pass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
         and probe_request(other, place.datamodule) == request
         and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
     ]  # fmt: skip
+    of_ranks = gather_objects({other.name for other in sharing})  # a rank may not see yet what another one has saved
+    return [other for other in sharing if all(other.name in names for names in of_ranks)]
 
 
 def _with_others(

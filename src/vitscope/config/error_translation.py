@@ -30,7 +30,7 @@ _IN_PLACE_OF_GROUPS = {
 }
 
 #: what the messages of torch's groups of processes name; a path or a label may hold the same letters
-_OF_PROCESSES = re.compile(r"\bProcessGroup|\bgloo\b|\bNCCL\b")
+_OF_PROCESSES = re.compile(r"\bProcessGroup|\bgloo\b|\bNCCL\b|\btimeout caused pair closure\b")
 
 _STORAGE = (
     errno.ENOSPC,

@@ -338,7 +338,8 @@ class Probe:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(plain_weights(self.model, keeps_shards=keeps_shards))
             check_weights(self.model)
-            probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights, frozen_integers=first_order)
+            with distributed.failing_together(keeps_shards):  # a rank sees its own shards alone
+                probe_guard.refuse_unfit_weights(self.model, second_order or moves_weights, frozen_integers=first_order)
             if second_order and dtype is None and self.dtype in (torch.bfloat16, torch.float16):
                 dtype = torch.float32
             stack.enter_context(eager_execution(self.model))

@@ -106,10 +106,11 @@ class BasisBuffer:
         buffer, kind = self._kept, (share, like.dtype, device)
         if buffer is None or len(buffer) < capacity or (buffer.shape[1], buffer.dtype, buffer.device) != kind:
             self._kept = None  # freed before its successor is made
-            if self.placement == "disk":
-                buffer = _mapped(capacity, share, like.dtype)
-            else:
-                buffer = torch.empty(capacity, share, dtype=like.dtype, device=device)
+            with distributed.failing_together(self.shared):
+                if self.placement == "disk":
+                    buffer = _mapped(capacity, share, like.dtype)
+                else:
+                    buffer = torch.empty(capacity, share, dtype=like.dtype, device=device)
             self._kept = buffer
         return buffer[:capacity]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vitscope.runtime import safe_files
+from vitscope.runtime.distributed import gather_objects
 from vitscope.runtime.errors import StorageError
 
 
@@ -34,6 +35,12 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
         self._torn: bool | None = None  # whether the file's last line was cut short; None until it is written to
         for file in sorted(folder.glob("rank-*.jsonl")):
             self._rows.update(_read_rows(file))
+
+    def share(self) -> None:
+        """Give every rank the rows that any rank has read, as a row may be the work of all ranks together."""
+        names = gather_objects(sorted(self._rows))
+        if names != names[:1] * len(names):  # a file system may show files to some machines later
+            self._rows = {key: row for rows in gather_objects(self._rows) for key, row in rows.items()}
 
     def __getitem__(self, key: str) -> Mapping[str, Any]:
         """Return the row of that key."""

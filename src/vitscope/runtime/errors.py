@@ -99,6 +99,18 @@ class DistributedError(VitscopeError):
     exit_code = 7
 
 
+class OtherRankError(DistributedError, RuntimeError):
+    """An error of another rank, which has said why and ends the job with its own exit code (exit code 7).
+
+    Args:
+        reason: The rank and the first line of its error.
+    """
+
+    def __init__(self, reason: str) -> None:
+        VitscopeError.__init__(self, "trainer.devices", None, reason, "see its output")
+        self.args = (reason,)  # what __init__ takes, so that the error survives pickling
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return a few words that lead from a wrong name to the right ones."""
     names = sorted(names)

@@ -14,6 +14,7 @@ all n_kr are equal and K = A.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from vitscope.runtime.distributed import all_reduce_sum
+from vitscope.runtime.errors import NumericalError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -45,11 +47,11 @@ class StepGroup:
         """Count a micro-batch of this rank and of the other ranks; return the weight of this rank's.
 
         Args:
-            mean_loss: Mean loss over the labeled images of the micro-batch; any value where there is none.
+            mean_loss: Mean loss over the labeled images of the micro-batch; 0 where there is none.
             n_images: Number of labeled images.
             world_size: Number of ranks, each of which calls this at the same micro-batch.
         """
-        loss_sum = float(mean_loss.detach()) * n_images if n_images else 0.0
+        loss_sum = float(mean_loss.detach()) * n_images
         images = n_images
         if world_size > 1:
             shared = all_reduce_sum(
@@ -70,6 +72,19 @@ class StepGroup:
     def gradient_factor(self, accumulate_grad_batches: int) -> float:
         """Return the factor ``A N_1 / N`` of the accumulated gradient."""
         return accumulate_grad_batches * self.first / self.images
+
+
+def refuse_nonfinite(loss: float, step: int, lr: float) -> None:
+    """Raise NumericalError where the loss of a step, or a sum of such losses, is not finite.
+
+    Args:
+        loss: The loss.
+        step: Number of the step.
+        lr: Its learning rate.
+    """
+    if not math.isfinite(loss):
+        fix = "lower it, warm up longer or clip gradients; the last checkpoint is finite"
+        raise NumericalError("optimizer.lr", lr, f"loss {loss} at step {step}", fix)
 
 
 def is_accumulating(trainer: Trainer) -> bool:

@@ -22,11 +22,11 @@ from vitscope.core import lr_schedule as schedule
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective, hard_targets, labeled, n_labeled
 from vitscope.runtime.distributed import all_reduce_sum, gather_objects
-from vitscope.runtime.errors import DataError, NumericalError
+from vitscope.runtime.errors import DataError
 from vitscope.runtime.logging import is_main_process
 from vitscope.runtime.torch_internals import BatchNormBase, set_last_rates, whole_tensor
 from vitscope.training import lightning_internals, resume_state
-from vitscope.training.accumulation import StepGroup, is_accumulating, is_first
+from vitscope.training.accumulation import StepGroup, is_accumulating, is_first, refuse_nonfinite
 from vitscope.training.calibration_metric import ExpectedCalibrationError
 from vitscope.training.sam import SAM, still_statistics
 
@@ -156,6 +156,7 @@ class Classifier(pl.LightningModule):
         if is_first(batch_idx, trainer.accumulate_grad_batches):
             self._group = StepGroup()
         weight = self._group.add(loss, n_labeled(y), trainer.world_size)
+        refuse_nonfinite(self._group.loss_sum, self.global_step, self._current_lr())  # of all ranks
         if self._steps_twice():
             self._group.parts.append((batch, batch_idx, weight))
         if self._group.images == 0 and not is_accumulating(trainer):
@@ -181,9 +182,6 @@ class Classifier(pl.LightningModule):
         objective = self.soft_objective if y.ndim == 2 else self.hard_objective
         full_precision_logits = logits.float() if logits.dtype != torch.float64 else logits
         loss = objective.data_loss(full_precision_logits, y) if n_labeled(y) else full_precision_logits.sum() * 0
-        if not torch.isfinite(loss):
-            raise NumericalError("optimizer.lr", self._current_lr(), f"loss {loss.item()} at step {self.global_step}",
-                                 "lower it, warm up longer or clip gradients; the last checkpoint is finite")  # fmt: skip
         return loss, logits, y
 
     def _loss_at_ascent(self) -> Tensor:
@@ -196,8 +194,11 @@ class Classifier(pl.LightningModule):
             self.trainer.optimizers[0].zero_grad()
         for part, number, share in earlier:
             loss = self._loss(part, number, ascended=True)[0] * share / self.trainer.accumulate_grad_batches
+            refuse_nonfinite(loss.item(), self.global_step, self._current_lr())
             self.trainer.strategy.backward(loss, None)
-        return self._loss(batch, batch_idx, ascended=True)[0] * weight
+        loss = self._loss(batch, batch_idx, ascended=True)[0]
+        refuse_nonfinite(loss.item(), self.global_step, self._current_lr())
+        return loss * weight
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate; what is run again for that moves no running statistics a second time."""
@@ -254,9 +255,8 @@ class Classifier(pl.LightningModule):
             if self.trainer.state.fn == "fit"
             else None
         )
-        n_correct, n_images = map(
-            sum, zip(*gather_objects(self._counts.tolist()))
-        )  # of all ranks: one sum where it goes on
+        # of all ranks: one sum where it goes on
+        n_correct, n_images = map(sum, zip(*gather_objects(self._counts.tolist())))
         if is_epoch_over:
             epoch, batch = epoch + 1, 0
         facts = {"epoch": epoch, "batch": batch, "pending": pending or "", "right": n_correct, "seen": n_images}

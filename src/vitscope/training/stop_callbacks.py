@@ -69,7 +69,7 @@ class RunFolderCheck(Callback):
 
 
 class ConfigurationCheck(Callback):
-    """Refuses ranks that composed different configurations, since they would average gradients of different experiments."""
+    """Refuses ranks that composed different configurations, or resume at different steps, since they would average gradients."""
 
     def __init__(self, config_hash: str) -> None:
         self.config_hash = config_hash
@@ -81,6 +81,16 @@ class ConfigurationCheck(Callback):
         if deviating_rank is not None:
             reason = f"rank {deviating_rank} composed another configuration than rank 0 ({hashes[deviating_rank]}, {hashes[0]})"
             raise DistributedError("trainer.devices", len(hashes), reason, "start every rank with the same overrides")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare where the checkpoints that the ranks have read stand: a machine may still see an older file."""
+        steps = gather_objects(int(trainer.global_step))
+        deviating_rank = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
+        if deviating_rank is not None:
+            reason = (
+                f"rank {deviating_rank} resumes after step {steps[deviating_rank]} and rank 0 after step {steps[0]}"
+            )
+            raise DistributedError("ckpt_path", None, reason, "give every rank the same file")
 
 
 class EarlyChecks(Callback):

@@ -17,6 +17,7 @@ from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
 from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
 from vitscope.core.losses.own_loss import check_mean_over_images, check_repeated_values
 from vitscope.core.objective import Objective
+from vitscope.core.sharding.sharded_parameters import LocalShard
 from vitscope.runtime import distributed
 
 #: reads the first batch, each time anew
@@ -67,19 +68,11 @@ class PassChecks:
         if earlier_check is not None and (self._is_loss_checked or not uses_loss):
             self._empty_tables()
             return earlier_check
-        check, error = None, None
-        try:
-            with probe_guard.kept_random_states(device):
-                check = self._examine(gradient, moves_weights, n_images, uses_loss)
-        except Exception as raised:
-            error = raised
-        # what one rank has seen all ranks act on: none waits for another
-        shares = distributed.gather_objects((None if error is None else str(error), check))
-        if error is not None:
-            raise error
-        if told := [text for text, _ in shares if text is not None]:
-            raise ValueError(told[0])
-        self._repeatability[level] = worst_of([share for _, share in shares if share is not None])
+        is_gathering = any(isinstance(p, LocalShard) for p in self.model.parameters())
+        with distributed.failing_together(not is_gathering), probe_guard.kept_random_states(device):
+            check = self._examine(gradient, moves_weights, n_images, uses_loss)
+        # what one rank has seen all ranks act on
+        self._repeatability[level] = worst_of(distributed.gather_objects(check))
         return self._repeatability[level]
 
     def watched(self, device: torch.device, outcome: Repeatability, refuses: bool) -> AbstractContextManager[None]:

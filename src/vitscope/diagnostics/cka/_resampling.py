@@ -40,18 +40,19 @@ def _resampled(
     n, rank, world = len(pair.first[0].features), distributed.rank(), distributed.world_size()
     draws = list(range(rank, n_permutations, world))
     values: dict[int, np.ndarray] = {}
-    for start in track(range(0, len(draws) + 1, _AT_ONCE), description):
-        part = draws[start : start + _AT_ONCE]
-        orders = [torch.from_numpy(np.random.default_rng([seed, draw]).permutation(n)) for draw in part]
-        measured = [torch.arange(n)] if start == 0 else []
-        similarities = comparison.similarities(pair, [*measured, *orders])
-        values |= dict(zip([*([-1] if measured else []), *part], similarities))
+    with distributed.failing_together():
+        for start in track(range(0, len(draws) + 1, _AT_ONCE), description):
+            part = draws[start : start + _AT_ONCE]
+            orders = [torch.from_numpy(np.random.default_rng([seed, draw]).permutation(n)) for draw in part]
+            measured = [torch.arange(n)] if start == 0 else []
+            similarities = comparison.similarities(pair, [*measured, *orders])
+            values |= dict(zip([*([-1] if measured else []), *part], similarities))
+        # one rank's numbers for all, as those of others may differ by rounding
+        left_out = comparison.without_groups(pair, group_numbers(n)) if intervals and rank == 0 else None
     merged = {
         number: value for share in reversed(distributed.gather_objects(values)) for number, value in share.items()
     }
     nulls = [merged[draw] for draw in range(n_permutations)]
-    # one rank's numbers for all, as those of others may differ by rounding
-    left_out = comparison.without_groups(pair, group_numbers(n)) if intervals and rank == 0 else None
     left_out = distributed.gather_objects(left_out)[0]
     empty = np.zeros((0, *pair.shape))
     return merged[-1], empty if left_out is None else left_out, np.stack(nulls) if nulls else empty

@@ -249,9 +249,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     def batches() -> Iterator[tuple[int, Batch]]:
         return ((index, batch) for index, batch in operators.probe.local_batches() if index < n_batches)
 
-    n_local = torch.tensor(
-        float(sum(operators.probe.objective.n_examples(y) for _, (_, y) in batches())), dtype=torch.float64
-    )
+    with distributed.failing_together():
+        count = sum(operators.probe.objective.n_examples(y) for _, (_, y) in batches())
+    n_local = torch.tensor(float(count), dtype=torch.float64)
     n_images = int(distributed.all_reduce_sum(n_local.to(operators.probe.device)).item())
     operator = operators.of(batches, n_images, reduce=True)
     gradient = norm(operator.gradient())
@@ -259,10 +259,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **search).pairs
     converged = bool(pairs.converged.all())
     for share in SHARPER if decide and converged else ():
-        if (
-            not pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
-            or pairs.n_products >= operators.options.max_products
-        ):
+        is_unknown = pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
+        stop = not is_unknown or pairs.n_products >= operators.options.max_products
+        if distributed.gather_objects(stop)[0]:  # rounding may differ between ranks, their products must not
             break
         finer = {**search, "tol": operators.options.tol * share}
         pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **finer).pairs

@@ -145,6 +145,11 @@ class Curvature:
         return self._counted(lambda chunk: chunk.product(parts))
 
     @property
+    def fails_together(self) -> bool:
+        """Whether the ranks tell each other of failures in a pass: not of sharded weights, which each pass gathers on the way."""
+        return self.reduce and not self.is_sharded
+
+    @property
     def product_error(self) -> float:
         """Estimate of the length by which products with unit vectors are off beyond rounding; 0 for exact ones."""
         return 0.0 if self.differences is None else self.differences.record.error
@@ -214,7 +219,7 @@ class Curvature:
         """Add ``share(chunk)`` up over chunks and ranks into a flat vector."""
         out = torch.empty(self.size, dtype=self.dtype, device=self.device)
         empty = True
-        with distributed.failing_together(self.reduce):
+        with distributed.failing_together(self.fails_together, device=self.device):
             for chunk in self._chunks():
                 if not empty and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
                     stop_flag.check()
@@ -273,7 +278,8 @@ class Curvature:
     def _most_pieces(self) -> int:
         """Return the number of pieces of the rank that has most of them."""
         if self._n_passes is None:
-            lengths = [len(x) for _, (x, _) in self._batches()]
+            with distributed.failing_together():
+                lengths = [len(x) for _, (x, _) in self._batches()]
             n_pieces = sum(-(-n // (self.micro_batch or n)) for n in lengths)
             self._n_passes = int(max(distributed.gather_objects(n_pieces)))
         assert self._n_passes is not None
@@ -298,7 +304,7 @@ class GradientsBeside:
         operator = self.operator
         weights, parts = list(operator.parameters.values()), operator.split(direction)
         sums = [torch.zeros_like(direction) for _ in steps]
-        with distributed.failing_together(operator.reduce):
+        with distributed.failing_together(operator.fails_together, device=operator.device):
             for number, (first_image, x, y) in enumerate(operator.pieces()):
                 if number and distributed.world_size() == 1:  # of several ranks none may leave the others waiting
                     stop_flag.check()

@@ -20,10 +20,14 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
     Args:
         files: checkpoint files by label, in order.
         network: the network of the weights, see `checkpoint_weights.model_state`.
+
+    Attributes:
+        files: checkpoint files by label, in order.
+        labels: the labels, in order.
     """
 
     def __init__(self, files: Mapping[str, Path], network: nn.Module | None = None) -> None:
-        self._files, self._network = dict(files), network
+        self.files, self._network = dict(files), network
         self.labels: list[str] = list(files)
 
     def __len__(self) -> int:
@@ -35,7 +39,7 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         label = self.labels[index]
-        file = self._files[label]
+        file = self.files[label]
         try:
             return label, checkpoint_weights.model_state(checkpoint_io.read(file), self._network)
         except ValueError as error:
