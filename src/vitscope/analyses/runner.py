@@ -59,7 +59,8 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
             shutil.rmtree(folder / f".partial-{stem}-{weights}", ignore_errors=True)
         return earlier_result
     rows = partial_results.PartialRows(folder / f".partial-{stem}-{weights}", rank())
-    rows.share()
+    if analysis.name not in place.ahead:  # what lies ahead needs no rows, and a slower rank may not have come here
+        rows.share()
     try:
         result = _measured(analysis, place, weights, rows, reuse)
     except (Interrupted, KeyboardInterrupt, StorageError):
