@@ -154,7 +154,14 @@ def on_ranks(function: Callable[..., None], *arguments: object, n: int = 2) -> N
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, which only wait
-        torch.multiprocessing.start_processes(function, arguments, nprocs=n, start_method="fork")
+        context = torch.multiprocessing.start_processes(function, arguments, nprocs=n, join=False, start_method="fork")
+    assert context is not None
+    end = time.monotonic() + PATIENCE
+    while not context.join(timeout=1.0):
+        if time.monotonic() > end:
+            for process in filter(None, context.processes):
+                process.kill()
+            raise TimeoutError(f"{function.__name__} hangs on {n} ranks")
 
 
 def results_of_ranks(measure: Callable[[], Any], folder: Path, n: int = 2) -> list[Any]:
