@@ -105,10 +105,8 @@ def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> Non
     assert "test/nll" in metrics_log.last_values(tmp_path / "two" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("trainer", "precision", "tolerance"),
-    [("ddp", "64-true", 1e-9), pytest.param("fsdp", "32-true", 1e-5, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("trainer", "precision", "tolerance"), [("ddp", "64-true", 1e-9), ("fsdp", "32-true", 1e-5)])
 def test_each_process_normalizes_by_the_batch_statistics_of_its_own_images(
     trainer: str, precision: str, tolerance: float, tmp_path: Path
 ) -> None:
