@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import numpy as np
 
 import vitscope as vs
 from tests.helpers.run_folders import losses
-from vitscope.analyses import runner
-from vitscope.runtime import stop_flag
+from tests.helpers.stopped_measurements import stopping_at_measurement
 
 WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_images=8",
            "analysis.edge_of_stability.when.every_n_steps=2", "analysis.edge_of_stability.warm_start=true",
@@ -20,17 +18,8 @@ WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_i
 
 def test_a_run_that_is_stopped_and_resumed_has_the_same_series(call, tiny, tmp_path, monkeypatch) -> None:
     assert call("train", *tiny, *WATCHED, f"run_dir={tmp_path}/whole") == 0
-    build, seen = runner.factories.probe, []
-
-    def stopping(*arguments):
-        seen.append(arguments)
-        if len(seen) == 3:  # step 4: the eigenvectors of step 2 are read from the disk on the resume
-            stop_flag.request(signal.SIGTERM)
-            stop_flag.check()
-        return build(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("vitscope.analyses.runner.factories.probe", stopping)
+    # step 4: the eigenvectors of step 2 are read from the disk on the resume
+    with stopping_at_measurement(3, monkeypatch):
         assert call("train", *tiny, *WATCHED, f"run_dir={tmp_path}/cut") == 143
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
     whole, cut = (vs.load_results(tmp_path / name)["edge_of_stability"] for name in ("whole", "cut"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ import pytest
 import vitscope as vs
 from tests.helpers.kills import Killed
 from tests.helpers.run_folders import losses
+from tests.helpers.stopped_measurements import stopping_at_measurement
 from vitscope.analyses import runner
 from vitscope.analyses.spec import Analysis, step_tag
 from vitscope.runs import run_end
-from vitscope.runtime import stop_flag
 
 #: an epoch has 2 steps and the training 6
 WATCHED = ["analysis=[fourier]", "analysis.fourier.probe.n_images=8", "analysis.fourier.when.every_n_steps=3",
@@ -76,17 +75,7 @@ def test_steps_leave_training_as_it_is(uninterrupted, call, tiny, tmp_path) -> N
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_stop_while_a_step_is_measured(uninterrupted, call, tiny, tmp_path, monkeypatch, at) -> None:
     """It is measured when the run resumes, on the weights of that step; the last one has no step after it."""
-    build, seen = runner.factories.probe, []
-
-    def stopping(*arguments):
-        seen.append(arguments)
-        if len(seen) == at:
-            stop_flag.request(signal.SIGTERM)
-            stop_flag.check()
-        return build(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("vitscope.analyses.runner.factories.probe", stopping)
+    with stopping_at_measurement(at, monkeypatch):
         assert call("train", *tiny, *WATCHED, f"run_dir={tmp_path}/cut") == 143
     assert len(rows_of(tmp_path / "cut")) == at - 1
     assert call("train", f"run={tmp_path}/cut", "ckpt_path=last") == 0
