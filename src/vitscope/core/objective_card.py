@@ -24,6 +24,9 @@ INCIDENTAL_FACTS = frozenset({
 #: the product that is compared, since its numbers have an error that those of the others do not have
 INEXACT_PRODUCT = ("product", "difference")
 
+#: ends the data's name on the card of a measure on the training split of a run on random labels
+RANDOM_LABELS = ", random labels"
+
 #: stands for the options of a result that a version without them on the card has saved
 NOT_RECORDED = "not recorded (a result of an older version)"
 

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.objective_card import RANDOM_LABELS
 from vitscope.data import philox, range_checks, splits
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.augment.mixup import Mixing, mix
@@ -321,7 +322,7 @@ class DataModule(pl.LightningDataModule):
         data = str(self.name)
         if split == "train":  # evaluation is on whole splits and true labels, whatever the training was on
             data += "" if self.fraction == 1 else f", {self.fraction:g} of each class"
-            data += ", random labels" if self.random_labels else ""
+            data += RANDOM_LABELS if self.random_labels else ""
         return {
             "data": data,
             "split": split,

@@ -44,6 +44,15 @@ def test_random_labels_are_those_that_a_model_was_trained_on(make_run: Callable,
     ]
 
 
+def test_random_training_labels_are_no_other_condition(make_run: Callable, tmp_path: Path) -> None:
+    """A measure on the training split has the labels on its card; they are what this baseline differs in."""
+    make_run("vit", data__random_labels=False, measured={"slice": curve(other_card(data="photos"))})
+    random = other_card(data="photos, random labels")
+    make_run("vit", data__random_labels=True, measured={"slice": curve(random)})
+    (panel,), _ = baselines.panels(collect(tmp_path))
+    assert [c.label for c in panel.curves] == ["trained", "trained on random labels"]
+
+
 def test_labels_say_which_labels_a_model_was_trained_on(make_run: Callable, tmp_path: Path) -> None:
     for random in (False, True):
         make_run("vit", data__random_labels=random, measured={"slice": curve()})
@@ -51,7 +60,7 @@ def test_labels_say_which_labels_a_model_was_trained_on(make_run: Callable, tmp_
 
 
 def test_other_models_and_other_conditions_are_no_baselines(make_run: Callable, tmp_path: Path) -> None:
-    other = other_card(data="photos, random labels")
+    other = other_card(data="digits, random labels")
     run = make_run("vit", data__random_labels=False, measured={"slice": curve(), "slice@init": curve()})
     make_run("vit", data__random_labels=True, measured={"slice": curve(other)})
     make_run("vit", data__random_labels=True, model__depth=2, measured={"slice": curve()})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vitscope.config import experiment_identity, loading
+from vitscope.core.objective_card import RANDOM_LABELS
 from vitscope.reports.figures.figure_plan import Panel, curve_of, slug
-from vitscope.reports.measured_results import Measured, differing
+from vitscope.reports.measured_results import Conditions, Measured, differing
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import MISSING
@@ -27,7 +28,8 @@ def panels(
 ) -> tuple[list[Panel], list[Problem]]:
     """Return a figure for each model and analysis: the trained model's result, and those of its baselines.
 
-    A baseline that was not measured under the conditions of the trained model's result is left out and named.
+    A baseline that was not measured under the conditions of the trained model's result is left out and named. That the labels of
+    the training images are random is what the second baseline differs in, so that it is no other condition.
 
     Args:
         entries: The runs.
@@ -39,16 +41,17 @@ def panels(
     for (_, analysis), results_by_role in _by_model(entries, analyses).items():
         curves = [curve_of(TRAINED, results_by_role[TRAINED])]
         first = curves[0]
+        conditions = _conditions(first.measured)
         for role in (INITIAL, RANDOM):
             matching = [
                 pair for pair in results_by_role.get(role, ())
-                if allow_different or pair[1].conditions() == first.measured.conditions()
+                if allow_different or _conditions(pair[1]) == conditions
             ]  # fmt: skip
             if matching:
                 curves.append(curve_of(role, matching))
             else:
-                others = [pair[1].conditions() for pair in results_by_role.get(role, ())]
-                keys = ", ".join(differing([first.measured.conditions(), *others]))
+                others = [_conditions(pair[1]) for pair in results_by_role.get(role, ())]
+                keys = ", ".join(differing([conditions, *others]))
                 reason = f"measured under another objective card ({keys})" if others else ""
                 remedy = REMEDIES[role].format(run=first.entry.run.path, analysis=analysis)
                 problems.append(
@@ -59,6 +62,13 @@ def panels(
             planned.append(Panel(f"{analysis}-baselines-{slug(name)}", analysis, "baselines", tuple(curves), name))
     analyses_shown = {panel.analysis for panel in planned} if analyses is None else set(analyses)
     return planned, [p for p in problems if p.metric.partition(" ")[0] in analyses_shown]
+
+
+def _conditions(measured: Measured) -> Conditions:
+    """Return the compared conditions of a result, whatever the labels of the training images."""
+    return tuple(
+        (key, value.removesuffix(RANDOM_LABELS) if key == "data" else value) for key, value in measured.conditions()
+    )
 
 
 def _by_model(
