@@ -16,20 +16,23 @@ from vitscope.runtime.errors import StorageError, VitscopeError
 def every(root: Path) -> list[Run]:
     """Return the runs below ``root``, oldest first by name."""
     return [
-        Run(file.parent)
-        for file in sorted(root.glob("**/config.yaml"))
-        if os.path.lexists(file.parent / "provenance.json")
+        Run(file.parent) for file in _files(root, "config.yaml") if os.path.lexists(file.parent / "provenance.json")
     ]
 
 
 def incomplete(root: Path) -> list[tuple[Path, str]]:
     """Return folders below ``root`` that hold a run's metrics or provenance, and which file of a run they lack."""
-    folders = {file.parent for name in ("provenance.json", metrics_log.FILE) for file in root.glob(f"**/{name}")}
+    folders = {file.parent for name in ("provenance.json", metrics_log.FILE) for file in _files(root, name)}
     lacking = [path for path in sorted(folders) if not (path / "config.yaml").exists()]
     unrecorded = sorted(folders - set(lacking))
     return [(path, "config.yaml") for path in lacking] + [
         (path, "provenance.json") for path in unrecorded if not os.path.lexists(path / "provenance.json")
     ]
+
+
+def _files(root: Path, name: str) -> list[Path]:
+    """Return the files of a name below ``root``, sorted; links to nothing, which Python lists from 3.13 on, are left out."""
+    return sorted(file for file in root.glob(f"**/{name}") if os.path.exists(file))
 
 
 def unfinished(root: Path, config_hash: str) -> Run | None:
