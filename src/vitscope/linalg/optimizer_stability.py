@@ -30,8 +30,8 @@ Bartlett (2023). The limit falls with |g|. Muon's step has one length whatever t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,45 +81,54 @@ def stability_limit(
         LookupError: there is no known limit; the message says why.
         KeyError, TypeError, AttributeError: a state that the optimizer does not write.
     """
+    _refuse_without_limit(optimizer)
+    parameters = optimizer.parameters
+    rates = {name: _rate(optimizer.name, p, lr) for name, p in parameters.items()}
+    is_resting = not any(rates.values())
+    if is_resting:
+        rates = dict.fromkeys(rates, 1.0)
+    factors = {name: _factor(optimizer.name, p, bias_correction) for name, p in parameters.items()}
+    first = next(name for name in parameters if rates[name] > 0)
+    group = parameters[first].group
+    unit = factors[first] / rates[first]
+    limit = StabilityLimit(
+        name=optimizer.name,
+        critical={name: _critical(optimizer.name, p, rates[name], factors[name]) for name, p in parameters.items()},
+        decay={name: _coupled(optimizer.name, p) for name, p in parameters.items()},
+        unit=unit,
+        threshold=unit,
+        lr=float(group["lr"] if lr is None else lr),
+        beta1=float(group["betas"][0] if "betas" in group else group.get("momentum", math.nan)),
+        formula=_formula(optimizer.name, group, bias_correction),
+    )
+    if is_resting:
+        return replace(limit, threshold=math.inf, lr=0.0, formula="infinite: the rate is 0 (give lr)")
+    return limit
+
+
+def _refuse_without_limit(optimizer: OptimizerState) -> None:
+    """Raise LookupError, with the reason, for an optimizer of which no limit is known."""
     if optimizer.unknown:
         raise LookupError(optimizer.unknown)
-    parameters = optimizer.parameters
-    if any(p.group.get("maximize") for p in parameters.values()):
+    parameters = optimizer.parameters.values()
+    if any(p.group.get("maximize") for p in parameters):
         raise LookupError("it maximizes")
     if optimizer.name == "SGD" and _mixes_nesterov(parameters):
         raise LookupError("groups with Nesterov's momentum differ in it")
-    if any(float(p.group.get("dampening") or 0.0) >= 1 for p in parameters.values()):
+    if any(float(p.group.get("dampening") or 0.0) >= 1 for p in parameters):
         raise LookupError("dampening of 1 or more leaves nothing of the gradient")
-    if optimizer.name != "SGD" and not any(p.state for p in parameters.values()):
+    if optimizer.name != "SGD" and not any(p.state for p in parameters):
         raise LookupError(f"{optimizer.name} has made no step, so it has no preconditioner")
-    rates = {name: _rate(optimizer.name, p, lr) for name, p in parameters.items()}
-    if resting := not any(rates.values()):
-        rates = dict.fromkeys(rates, 1.0)
-    factors = {name: _factor(optimizer.name, p, bias_correction) for name, p in parameters.items()}
-    critical = {}
-    for name, p in parameters.items():
-        still = rates[name] == 0 or (optimizer.name != "SGD" and not p.state)  # a weight without gradients has no state
-        scale = (
-            torch.ones((), dtype=torch.float64)
-            if optimizer.name == "SGD" or still
-            else _preconditioner(optimizer.name, p)
-        )
-        shrinking = 1.0 - rates[name] * _decoupled(optimizer.name, p) / 2  # (1 + a) / 2
-        critical[name] = (
-            torch.full_like(scale, float("inf")) if still else scale * (shrinking * factors[name] / rates[name])
-        )
-    first = next(name for name in parameters if rates[name] > 0)
-    rate, group = rates[first], parameters[first].group
-    return StabilityLimit(
-        name=optimizer.name,
-        critical=critical,
-        decay={name: _coupled(optimizer.name, p) for name, p in parameters.items()},
-        unit=factors[first] / rate,
-        threshold=float("inf") if resting else factors[first] / rate,
-        lr=0.0 if resting else float(group["lr"] if lr is None else lr),
-        beta1=float(group["betas"][0]) if "betas" in group else float(group.get("momentum", float("nan"))),
-        formula="infinite: the rate is 0 (give lr)" if resting else _formula(optimizer.name, group, bias_correction),
-    )
+
+
+def _critical(name: str, p: ParameterState, rate: float, factor: float) -> Tensor:
+    """Return the critical curvature of a parameter's weights without coupled decay; infinite where they do not move."""
+    has_no_gradient = name != "SGD" and not p.state  # SGD without momentum never has a state
+    if rate == 0 or has_no_gradient:
+        return torch.full((), math.inf, dtype=torch.float64)
+    scale = torch.ones((), dtype=torch.float64) if name == "SGD" else _preconditioner(name, p)
+    shrinking = 1.0 - rate * _decoupled(name, p) / 2  # (1 + a) / 2
+    return scale * (shrinking * factor / rate)
 
 
 def sam_limit(base: StabilityLimit, radius: float, gradient_norm: float) -> float:
@@ -145,12 +154,7 @@ def sam_limit(base: StabilityLimit, radius: float, gradient_norm: float) -> floa
     return scale * (math.sqrt(1 + 2 * max(limit - decay, 0.0) / scale) - 1) + decay
 
 
-def _formula(name: str, group: Mapping[str, Any], bias_correction: bool = False) -> str:
-    if bias_correction and name in ("Adam", "AdamW"):
-        return "2 (1 + beta1) (1 - beta1^t) / ((1 - beta1) lr)"
-    return "2 (1 + m) / ((1 + 2 m) lr)" if group.get("nesterov") else _FORMULAS[name]
-
-
+#: thresholds by optimizer: of SGD without Nesterov's momentum, of Adam without the correction of its bias
 _FORMULAS = {
     "SGD": "2 (1 + m) / ((1 - dampening) lr)",
     "Adam": "2 (1 + beta1) / ((1 - beta1) lr)",
@@ -159,6 +163,12 @@ _FORMULAS = {
     "RMSprop": "2 (1 + m) / lr",
     "Adagrad": "2 (1 + t lr_decay) / lr",
 }
+
+
+def _formula(name: str, group: Mapping[str, Any], bias_correction: bool) -> str:
+    if bias_correction and name in ("Adam", "AdamW"):
+        return "2 (1 + beta1) (1 - beta1^t) / ((1 - beta1) lr)"
+    return "2 (1 + m) / ((1 + 2 m) lr)" if group.get("nesterov") else _FORMULAS[name]
 
 
 def coupled_decay(optimizer: OptimizerState) -> dict[str, float] | None:
@@ -175,16 +185,18 @@ def adam_scale(optimizer: OptimizerState) -> dict[str, Tensor] | None:
     """
     if optimizer.name not in ("Adam", "AdamW") or not any(p.state for p in optimizer.parameters.values()):
         return None
-    return {
-        name: _preconditioner(optimizer.name, p)
-        if p.state
-        else torch.full(p.shape, float(p.group["eps"]), dtype=torch.float64)
-        for name, p in optimizer.parameters.items()
-    }
+    scales = {}
+    for name, p in optimizer.parameters.items():
+        if p.state:
+            scales[name] = _preconditioner(optimizer.name, p)
+        else:
+            scales[name] = torch.full(p.shape, float(p.group["eps"]), dtype=torch.float64)
+    return scales
 
 
-def _mixes_nesterov(parameters: Mapping[str, ParameterState]) -> bool:
-    momenta = {(bool(p.group["nesterov"]), float(p.group["momentum"])) for p in parameters.values()}
+def _mixes_nesterov(parameters: Collection[ParameterState]) -> bool:
+    """Whether groups differ in their momentum and one of them takes Nesterov's."""
+    momenta = {(bool(p.group["nesterov"]), float(p.group["momentum"])) for p in parameters}
     return len(momenta) > 1 and any(nesterov for nesterov, _ in momenta)
 
 
@@ -195,26 +207,28 @@ def _rate(name: str, p: ParameterState, lr: float | None) -> float:
     return rate
 
 
-def _factor(name: str, p: ParameterState, bias_correction: bool = False) -> float:
+def _factor(name: str, p: ParameterState, bias_correction: bool) -> float:
     """Return the critical curvature times the rate over the preconditioner, without decay."""
     group = p.group
-    if name in ("Adam", "AdamW", "NAdam"):
+    next_step = float(p.state.get("step", 0)) + 1
+    if name in ("Adam", "AdamW"):
         beta = float(group["betas"][0])
-        if name != "NAdam":
-            next_step = float(p.state.get("step", 0)) + 1
-            return 2 * (1 + beta) / (1 - beta) * (1 - beta**next_step if bias_correction else 1.0)
-        step = float(p.state.get("step", 0)) + 1
-        mu = beta * (1 - 0.5 * 0.96 ** (step * float(group["momentum_decay"])))
+        correction = 1 - beta**next_step if bias_correction else 1.0
+        return 2 * (1 + beta) / (1 - beta) * correction
+    if name == "NAdam":
+        beta = float(group["betas"][0])
+        mu = beta * (1 - 0.5 * 0.96 ** (next_step * float(group["momentum_decay"])))
         return 2 * (1 + beta) / (1 + beta - 2 * mu * beta)
     m = float(group.get("momentum", 0.0))
     if name == "SGD" and group["nesterov"]:
         return 2 * (1 + m) / (1 + 2 * m)
-    if name == "SGD":
-        return 2 * (1 + m) / (1 - float(group["dampening"])) if m else 2.0
+    if name == "SGD" and m:  # without momentum there is no dampening
+        return 2 * (1 + m) / (1 - float(group["dampening"]))
     return 2 * (1 + m)
 
 
 def _preconditioner(name: str, p: ParameterState) -> Tensor:
+    """Return p of the module's docstring for an optimizer with second moments, float64 in the shape of the parameter."""
     group, state = p.group, p.state
     eps = float(group["eps"])
     if name in ("Adam", "AdamW", "NAdam"):

@@ -94,8 +94,37 @@ def parse(argv: Sequence[str]) -> Request:
     if not argv or {"-h", "--help"} & set(argv):
         print(usage())
         raise SystemExit(0)
-    names = [a for a in argv if "=" not in a]
-    options = {key: value for key, _, value in (a.partition("=") for a in argv if "=" in a)}
+    names = [word for word in argv if "=" not in word]
+    options = dict(word.split("=", 1) for word in argv if "=" in word)
+    _refuse_unknown(names, options)
+    settings = {key: value for key, value in options.items() if value}  # make leaves what was not set empty
+    _refuse_beside_source(settings)
+    sources = tuple(Path(part) for part in settings.get("from", "").split(",") if part)
+    profile = settings.get("profile", "smoke")
+    study = sources[0].name if sources else profile
+    overrides = run_overrides.checked(settings.get("overrides", ""))
+    suffix = run_overrides.suffix(overrides)
+    launcher = settings.get("launcher", "local")
+    slurm = _slurm_options(settings, launcher)
+    return Request(
+        names=names,
+        profile=profile,
+        seeds=_seeds(settings.get("seeds", "1")),
+        runs=Path(settings.get("runs", f"runs/reproduce-{profile}{suffix}")),
+        out=Path(settings.get("out", f"figures/{study}{suffix}")),
+        gpus=settings.get("gpus"),
+        jobs=_whole("jobs", settings["jobs"]) if "jobs" in settings else None,
+        overrides=overrides,
+        dry=_flag("dry", settings.get("dry", "false")),
+        launcher=launcher,
+        slurm=slurm,
+        export=Path(settings["export"]) if "export" in settings else None,
+        sources=sources,
+    )
+
+
+def _refuse_unknown(names: Sequence[str], options: Mapping[str, str]) -> None:
+    """Refuse options that are unknown or are not written as key=value, and a command line without a target."""
     for name in names:
         if name.startswith("-"):
             fix = "options are key=value, such as dry=true; see vitscope reproduce --help"
@@ -107,13 +136,10 @@ def parse(argv: Sequence[str]) -> Request:
         raise ConfigError(
             "target", None, "no figure or table named", "write vitscope reproduce all, or fig4, or table-models"
         )
-    settings = {key: value for key, value in options.items() if value}  # make leaves what was not set empty
-    sources = tuple(Path(part) for part in settings.get("from", "").split(",") if part)
-    _refuse_beside_source(settings)
-    profile = settings.get("profile", "smoke")
-    overrides = run_overrides.checked(settings.get("overrides", ""))
-    suffix = run_overrides.suffix(overrides)
-    launcher = settings.get("launcher", "local")
+
+
+def _slurm_options(settings: Mapping[str, str], launcher: str) -> dict[str, Any]:
+    """Return the options of ``sbatch``; refuse an unknown launcher, and settings that do not go with it."""
     if launcher not in ("local", "slurm"):
         raise ConfigError("launcher", launcher, "no such launcher", "choose local or slurm")
     slurm = {
@@ -121,7 +147,8 @@ def parse(argv: Sequence[str]) -> Request:
         for key, value in settings.items()
         if key.startswith("slurm.")
     }
-    if not isinstance(minutes := slurm.get("time", 1), int):
+    minutes = slurm.get("time", 1)
+    if not isinstance(minutes, int):
         raise ConfigError("slurm.time", minutes, "not a whole number of minutes", "write slurm.time=720 for 12 hours")
     if slurm and launcher != "slurm":
         raise ConfigError(f"slurm.{next(iter(slurm))}", None, "launcher=slurm is not set", "add launcher=slurm")
@@ -129,21 +156,7 @@ def parse(argv: Sequence[str]) -> Request:
         raise ConfigError(
             "gpus", settings["gpus"], "SLURM chooses the GPUs", "leave it out; slurm.gpus_per_node=2 asks for two"
         )
-    return Request(
-        names=names,
-        profile=profile,
-        seeds=_seeds(settings.get("seeds", "1")),
-        runs=Path(settings.get("runs", f"runs/reproduce-{profile}{suffix}")),
-        out=Path(settings.get("out", f"figures/{sources[0].name if sources else profile}{suffix}")),
-        gpus=settings.get("gpus"),
-        jobs=_whole("jobs", settings["jobs"]) if "jobs" in settings else None,
-        overrides=overrides,
-        dry=_flag("dry", settings.get("dry", "false")),
-        launcher=launcher,
-        slurm=slurm,
-        export=Path(settings["export"]) if "export" in settings else None,
-        sources=sources,
-    )
+    return slurm
 
 
 def _refuse_beside_source(settings: Mapping[str, str]) -> None:

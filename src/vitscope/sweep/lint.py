@@ -46,11 +46,10 @@ def check(sweep: Sweep, *, thorough: bool = False, has_overrides: bool = False) 
     """
     sweep_problems = problems(sweep, thorough=thorough)
     if sweep_problems:
-        more = (
-            f" (and {len(sweep_problems) - 1} more: {'; '.join(sweep_problems[1:])})" if len(sweep_problems) > 1 else ""
-        )
+        first, *others = sweep_problems
+        more = f" (and {len(others)} more: {'; '.join(others)})" if others else ""
         fix = "correct the file, or the settings behind its name" if has_overrides else "correct the file"
-        raise ConfigError("SWEEP", sweep.path, sweep_problems[0] + more, fix)
+        raise ConfigError("SWEEP", sweep.path, first + more, fix)
 
 
 def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
@@ -89,18 +88,11 @@ def _search(sweep: Sweep) -> Iterator[str]:
     content = sweep.content
     if sweep.method not in METHODS:
         yield f"method: {sweep.method} is unknown; choose from {', '.join(METHODS)}"
-    metric = content.get("metric")
     terminate = content.get("early_terminate")
-    if metric is None and (sweep.method == "bayes" or terminate is not None):
+    if content.get("metric") is not None:
+        yield from _metric(content["metric"])
+    elif sweep.method == "bayes" or terminate is not None:
         yield "metric: missing, and bayes and early_terminate need it; write metric: {name: val/accuracy, goal: maximize}"
-    if metric is not None:
-        name, goal = (
-            (metric.get("name"), metric.get("goal", "minimize")) if isinstance(metric, dict) else (metric, None)
-        )
-        if name not in METRICS:
-            yield f"metric.name: {name} is not logged every epoch; {errors.nearest(str(name), METRICS)}"
-        if goal not in ("minimize", "maximize") or (isinstance(metric, dict) and "goal" not in metric):
-            yield f"metric.goal: {goal} must be stated; choose maximize or minimize"
     cap = content.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
         yield f"run_cap: {cap} is not a whole number from 1"
@@ -109,6 +101,15 @@ def _search(sweep: Sweep) -> Iterator[str]:
             early_termination.rungs(terminate if isinstance(terminate, dict) else {"type": terminate})
         except ConfigError as error:
             yield str(error)
+
+
+def _metric(metric: Any) -> Iterator[str]:
+    entries = metric if isinstance(metric, dict) else {"name": metric, "goal": None}
+    name, goal = entries.get("name"), entries.get("goal", "minimize")  # W&B's default
+    if name not in METRICS:
+        yield f"metric.name: {name} is not logged every epoch; {errors.nearest(str(name), METRICS)}"
+    if goal not in ("minimize", "maximize") or "goal" not in entries:
+        yield f"metric.goal: {goal} must be stated; choose maximize or minimize"
 
 
 def _parameter(key: str, node: Any) -> Iterator[str]:
@@ -127,7 +128,7 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    values = node["values"] if "values" in node else [node["value"]] if "value" in node else []
+    values = node.get("values", [node["value"]] if "value" in node else [])
     if not isinstance(values, list) or ("values" in node and not values):
         yield f"parameters.{key}: values must be a list with something in it"
         return
@@ -138,21 +139,28 @@ def _parameter(key: str, node: Any) -> Iterator[str]:
 
 
 def _value(key: str, value: Any) -> Iterator[str]:
-    where = f"parameters.{key}: {value!r}"
-    if value is None or value == "None":
-        yield f'{where} arrives as the string None; write "null" in quotes'
-    elif isinstance(value, Mapping):
-        yield f"{where} is a dict, which is no override; write dotted keys"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{where} is not a finite number"
-    elif isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        yield f"{where} is a string in YAML; write the number with a dot, such as {_dotted(value)}"
-    elif not isinstance(value, str | bool | int | float | list):
-        yield f"{where} is a {type(value).__name__}; write a number, a string or a list"
-    elif "=" in str(value):
-        yield f"{where} has an = in it, which no override can carry; use another name"
+    fault = _fault(value)
+    if fault:
+        yield f"parameters.{key}: {value!r} {fault}"
     else:
         yield from _parsed(key, value)
+
+
+def _fault(value: Any) -> str | None:
+    """Return what becomes of a value that no override can carry, and what to write; None for others."""
+    if value is None or value == "None":
+        return 'arrives as the string None; write "null" in quotes'
+    if isinstance(value, Mapping):
+        return "is a dict, which is no override; write dotted keys"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number"
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        return f"is a string in YAML; write the number with a dot, such as {_dotted(value)}"
+    if not isinstance(value, str | bool | int | float | list):
+        return f"is a {type(value).__name__}; write a number, a string or a list"
+    if "=" in str(value):
+        return "has an = in it, which no override can carry; use another name"
+    return None
 
 
 def _parsed(key: str, value: Any) -> Iterator[str]:

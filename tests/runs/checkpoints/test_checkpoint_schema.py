@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitscope.runs.checkpoints import checkpoint_io, checkpoint_schema
+from vitscope.runs.checkpoints import checkpoint_io, checkpoint_schema, optimizer_schema
 from vitscope.runtime.errors import CheckpointError
 from vitscope.training.checkpoint_callback import Checkpoints
 
@@ -111,7 +111,7 @@ def test_every_entry_of_another_kind_is_refused(saved: dict[str, Any], tmp_path:
         (f"optimizer_states.0.state.{i}", "missing") for i in (0, 1)  # a weight that had no gradient has none
     }  # fmt: skip
     options = ("lr", "eps", "weight_decay", "initial_lr", "betas")
-    switches = checkpoint_schema._SWITCHES
+    switches = optimizer_schema._SWITCHES
     harmless |= {(f"optimizer_states.0.param_groups.0.{key}", "missing") for key in (*options, *switches)}
     harmless |= {(f"optimizer_states.0.param_groups.0.{key}", "None") for key in switches}
     harmless |= {(f"optimizer_states.0.param_groups.0.{key}", "True") for key in switches}

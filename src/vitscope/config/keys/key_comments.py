@@ -29,23 +29,25 @@ class FileComments:
 def comments_of(file: Path) -> FileComments:
     """Return the comments of a configuration file."""
     comments = FileComments()
-    above: list[str] = []
-    parents: list[tuple[int, str]] = []
-    is_top = True
+    top: list[str] = []  # lines of the comment before the first key
+    above: list[str] = []  # lines of a comment directly above a key
+    parents: list[tuple[int, str]] = []  # indents and names of the keys around a line
+    has_keys = False
     for line in file.read_text(encoding="utf-8").splitlines():
         stripped = line.strip()
+        entry = _KEY.match(line)
         if not stripped:
             above = []
         elif stripped.startswith("#"):
             text = stripped.lstrip("# ")
-            if is_top and not text.startswith("@package"):
-                comments.description = f"{comments.description} {text}".strip()
-            elif not is_top:
+            if has_keys:
                 above.append(text)
-        elif entry := _KEY.match(line):
+            elif text and not text.startswith("@package"):
+                top.append(text)
+        elif entry:
             column = comment_column(line)
-            comment = line[column:].lstrip("# ") if column is not None else " ".join(above)
-            is_top, above = False, []
+            comment = " ".join(above) if column is None else line[column:].lstrip("# ")
+            has_keys, above = True, []
             indent = len(entry["indent"])
             parents = [(depth, key) for depth, key in parents if depth < indent]
             if entry["item"]:
@@ -54,6 +56,7 @@ def comments_of(file: Path) -> FileComments:
             parents.append((indent, entry["key"]))
             if comment:
                 comments.keys[".".join(key for _, key in parents)] = comment
+    comments.description = " ".join(top)
     return comments
 
 

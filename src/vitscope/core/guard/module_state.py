@@ -101,6 +101,7 @@ class AttributeSnapshot:
                 self._dicts.append((value, dict(value)))
 
     def _add(self, value: Any, depth: int) -> None:
+        """Keep what a value holds: of containers and objects their entries, down to a depth."""
         if isinstance(value, str | int | float | bool | None) or id(value) in self._seen or depth > _DEPTH:
             return
         if isinstance(value, Tensor):
@@ -110,11 +111,19 @@ class AttributeSnapshot:
             self._pending.extend(value.modules())
         elif isinstance(value, dict | list | set | tuple):
             self._add_container(value, depth)
-        elif isinstance(entries := getattr(value, "__dict__", None), dict) and not _is_opaque(value):
-            self._seen.add(id(value))
-            self._dicts.append((entries, dict(entries)))
-            for entry in list(entries.values()) if len(entries) <= _MOST_ENTRIES else ():
-                if isinstance(entry, Tensor | dict | list | tuple):  # an object's own tables, not all that it knows
+        else:
+            self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        """Keep the attributes of an object, and the tables on them: not all objects that it knows."""
+        attributes = getattr(value, "__dict__", None)
+        if not isinstance(attributes, dict) or _is_opaque(value):
+            return
+        self._seen.add(id(value))
+        self._dicts.append((attributes, dict(attributes)))
+        if len(attributes) <= _MOST_ENTRIES:
+            for entry in list(attributes.values()):
+                if isinstance(entry, Tensor | dict | list | tuple):
                     self._add(entry, _DEPTH - 1)
 
     def _add_container(self, value: dict[Any, Any] | list[Any] | set[Any] | tuple[Any, ...], depth: int) -> None:

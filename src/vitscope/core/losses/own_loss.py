@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,33 +167,40 @@ def _pieces(value: Any, depth: int) -> Iterator[str]:
     yield type(value).__qualname__
     if depth > _DEPTH:
         return
+    texts, entries = _content(value)
+    yield from texts
+    for entry in entries:
+        yield from _pieces(entry, depth + 1)
+
+
+def _content(value: Any) -> tuple[list[str], Iterable[Any]]:
+    """Return texts that describe a value, and the values that it holds."""
     if isinstance(value, Tensor):
-        yield str(fingerprint(value))
-    elif isinstance(value, str | bytes | int | float | complex | bool | None) or value is Ellipsis:
-        yield repr(value)
-    elif isinstance(value, types.CodeType):
-        yield value.co_code.hex()
-        yield from _entries([value.co_names, value.co_consts], depth)
-    elif isinstance(value, types.FunctionType):
-        yield f"{value.__module__}.{value.__qualname__}"
-        yield from _entries([value.__code__, value.__defaults__, value.__kwdefaults__, _free_variables(value)], depth)
-    elif isinstance(value, types.MethodType):
-        yield from _entries([value.__func__, value.__self__], depth)
-    elif isinstance(value, functools.partial):
-        yield from _entries([value.func, value.args, value.keywords], depth)
-    elif isinstance(value, nn.Module):
-        yield repr(value)
-        yield from _entries(
-            [value.state_dict(), {k: v for k, v in vars(value).items() if not k.startswith("_")}], depth
-        )
-    elif isinstance(value, Mapping):
-        yield from _entries([*value.items()], depth)
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from _entries(sorted(value, key=str) if isinstance(value, set | frozenset) else value, depth)
-    elif isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
-        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
-    else:
-        yield from _entries([vars(value)] if hasattr(value, "__dict__") else [], depth)
+        return [str(fingerprint(value))], []
+    if isinstance(value, str | bytes | int | float | complex | bool | None) or value is Ellipsis:
+        return [repr(value)], []
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex()], [value.co_names, value.co_consts]
+    if isinstance(value, types.FunctionType):
+        name = f"{value.__module__}.{value.__qualname__}"
+        return [name], [value.__code__, value.__defaults__, value.__kwdefaults__, _free_variables(value)]
+    if isinstance(value, types.MethodType):
+        return [], [value.__func__, value.__self__]
+    if isinstance(value, functools.partial):
+        return [], [value.func, value.args, value.keywords]
+    if isinstance(value, nn.Module):
+        public_attributes = {key: entry for key, entry in vars(value).items() if not key.startswith("_")}
+        return [repr(value)], [value.state_dict(), public_attributes]
+    if isinstance(value, Mapping):
+        return [], list(value.items())
+    if isinstance(value, set | frozenset):
+        return [], sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [], value
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        name = getattr(value, "__qualname__", value.__name__)
+        return [f"{getattr(value, '__module__', '')}.{name}"], []
+    return [], [vars(value)] if hasattr(value, "__dict__") else []
 
 
 def _free_variables(function: types.FunctionType) -> dict[str, Any]:
@@ -201,8 +208,3 @@ def _free_variables(function: types.FunctionType) -> dict[str, Any]:
     variables = inspect.getclosurevars(function)
     constants = {k: v for k, v in variables.globals.items() if isinstance(v, str | int | float | Tensor | tuple)}
     return {**constants, **variables.nonlocals}
-
-
-def _entries(values: Any, depth: int) -> Iterator[str]:
-    for value in values:
-        yield from _pieces(value, depth + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,11 +78,7 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
 
 @contextmanager
 def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
-    units = options.get("units")
-    if units is None:
-        with probe.calling():
-            units = units_of(probe.model, probe.first_images())
-    units = [unit for unit in units if unit.kind == "msa"]
+    units = _attending_units(probe, options.get("units"))
     with probe.guard(logits=False) as model:
         x, _ = next(iter(probe.iter_batches()))
 
@@ -93,6 +89,14 @@ def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], objec
                 model(x)
 
         yield read
+
+
+def _attending_units(probe: Probe, units: Sequence[Unit] | None) -> list[Unit]:
+    """Return the units with attention among the given ones, or among those of the model."""
+    if units is None:
+        with probe.calling():
+            units = units_of(probe.model, probe.first_images())
+    return [unit for unit in units if unit.kind == "msa"]
 
 
 def _traced_units(probe: Probe, units: Sequence[Unit]) -> dict[str, AttentionUnit]:
@@ -143,10 +147,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     Raises:
         ValueError: no attention whose weights can be read.
     """
-    if units is None:
-        with probe.calling():
-            units = units_of(probe.model, probe.first_images())
-    units = [unit for unit in units if unit.kind == "msa"]
+    units = _attending_units(probe, units)
     traced_units = _traced_units(probe, units)
     with probe.guard(logits=False) as model:
         sums = Sums(units, _shifts(model, units), traced_units)
@@ -160,39 +161,66 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
     read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:
-        cause = "; their modules compute attention several times an image" if repeated else ""
-        if names := [unit.name for unit in units if unit.attention is None]:
-            cause += (
-                f"; heads of {names[0]}{f' and {len(names) - 1} more units' * (len(names) > 1)} cannot be told apart here, "
-                "and vs.attention_maps reads the attention of more modules, nn.MultiheadAttention among them"
-            )
         raise ValueError(
-            f"Expected attention whose weights can be read, received none in {type(probe.model).__name__}{cause}."
+            "Expected attention whose weights can be read, received none in "
+            f"{type(probe.model).__name__}{_causes_of_none(units, repeated)}."
         )
-    read_units, keys_and_uniform = [units[i] for i in read], sums.keys_and_uniform()
-    several = "its module computes attention several times an image, left out"
-    unread = "its attention weights cannot be read, left out"
-    reasons = {unit.name: several if i in repeated else unread for i, unit in enumerate(units) if i not in read}
-    for unit, i in zip(read_units, read):
-        if not keys_and_uniform[i][1] > 0:
-            reasons[unit.name] = "a single token has no distance"
+    keys_and_uniform = sums.keys_and_uniform()
+    n_keys = {i: keys_and_uniform[i][0] for i in read}
+    uniform_distance = {i: keys_and_uniform[i][1] for i in read}
+    reasons = _reasons_unread(units, read, repeated)
+    for i in read:
+        if not uniform_distance[i] > 0:
+            reasons[units[i].name] = "a single token has no distance"
         elif not np.isfinite(distance[i].mean).all():
-            reasons[unit.name] = "its weights are not finite"
+            reasons[units[i].name] = "its weights are not finite"
     warn_nulls("attention_distance", reasons)
     n_images = max(estimate.count for estimate in distance)
     warn_nulls("attention_distance", few_images(n_images))
     return AttentionDistanceResult(
-        units=tuple(unit.name for unit in read_units),
-        stages=np.array([unit.stage for unit in read_units]),
-        depths=np.array([unit.depth for unit in read_units], dtype=np.float64),
+        units=tuple(units[i].name for i in read),
+        stages=np.array([units[i].stage for i in read]),
+        depths=np.array([units[i].depth for i in read], dtype=np.float64),
         n_heads=np.array([len(distance[i].mean) for i in read]),
-        n_keys=np.array([keys_and_uniform[i][0] for i in read]),
+        n_keys=np.array([n_keys[i] for i in read]),
         distance=tuple(distance[i].mean for i in read),
         distance_half_width=tuple(distance[i].half_width for i in read),
         entropy=tuple(entropy[i].mean for i in read),
         entropy_half_width=tuple(entropy[i].half_width for i in read),
         off_map=tuple(off_map[i].mean for i in read),
-        uniform_distance=np.array([keys_and_uniform[i][1] for i in read]),
+        uniform_distance=np.array([uniform_distance[i] for i in read]),
         n_images=n_images,
         card=probe.card(),
     )
+
+
+def _reasons_unread(units: Sequence[Unit], read: Sequence[int], repeated: Collection[int]) -> dict[str, str]:
+    """Return why units were left out, by name.
+
+    Args:
+        units: The units with attention.
+        read: Indices of those that were read.
+        repeated: Indices of those whose module computed more than one map for an image.
+    """
+    reasons = {}
+    for i, unit in enumerate(units):
+        if i in repeated:
+            reasons[unit.name] = "its module computes attention several times an image, left out"
+        elif i not in read:
+            reasons[unit.name] = "its attention weights cannot be read, left out"
+    return reasons
+
+
+def _causes_of_none(units: Sequence[Unit], repeated: Collection[int]) -> str:
+    """Return why no unit was read, as the end of an error; arguments as of `_reasons_unread`."""
+    causes = ""
+    if repeated:
+        causes += "; their modules compute attention several times an image"
+    names = [unit.name for unit in units if unit.attention is None]
+    if names:
+        others = f" and {len(names) - 1} more units" if len(names) > 1 else ""
+        causes += (
+            f"; heads of {names[0]}{others} cannot be told apart here, and vs.attention_maps reads the attention of more "
+            "modules, nn.MultiheadAttention among them"
+        )
+    return causes

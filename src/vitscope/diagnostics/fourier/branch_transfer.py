@@ -10,11 +10,8 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vitscope.core.cost.image_passes import trained_and_untrained_passes
 from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, WorkUnit, declares_cost
@@ -23,10 +20,11 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
-from vitscope.diagnostics.fourier._spectrum import EPS, frequencies, spectrum, varies
+from vitscope.diagnostics.fourier._branch_sums import BranchSums, TransferSettings
+from vitscope.diagnostics.fourier._spectrum import EPS, frequencies
 from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime.distributed import failing_together, gather_objects, world_size
@@ -135,7 +133,8 @@ def _reading_pass(probe: Probe, options: Options) -> Iterator[Callable[[], objec
     own_units = options.get("units")
     units = list(own_units) if own_units is not None else _units(probe)
     read = [i for i, unit in enumerate(units) if _unread_reason(unit) is None]
-    sums = _Sums(len(units), options["path"], options["eps"], int(options["n_resamples"]), int(options["seed"]))
+    settings = TransferSettings(options["path"], int(options["n_resamples"]), int(options["seed"]), options["eps"])
+    sums = BranchSums(len(units), settings)
     with (
         probe.guard(logits=False) as model,
         reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
@@ -192,13 +191,14 @@ def branch_transfer(
     if n_resamples < 1:
         raise ValueError(f"Expected n_resamples to be at least 1, received {n_resamples}.")
     residual_units = list(units) if units is not None else _units(probe)
-    result = _measured(probe, residual_units, path, level, n_resamples, seed, eps)
+    settings = TransferSettings(path, n_resamples, seed, eps, level)
+    result = _measured(probe, residual_units, settings)
     if initial is None:
         return result
     if any(p.device != probe.device for p in initial.parameters()):
         initial = copy.deepcopy(initial).to(probe.device)  # the caller's stays where it is
     start = Probe(initial, probe.batches, probe.objective, about=probe.about)
-    return result.minus(_measured(start, _units(start), path, level, n_resamples, seed, eps))
+    return result.minus(_measured(start, _units(start), settings))
 
 
 def _units(probe: Probe) -> list[Unit]:
@@ -206,44 +206,37 @@ def _units(probe: Probe) -> list[Unit]:
         return units_of(probe.model, probe.first_images())
 
 
-def _measured(
-    probe: Probe, units: Sequence[Unit], path: str, level: float, n_resamples: int, seed: int, eps: float
-) -> BranchTransferResult:
+def _measured(probe: Probe, units: Sequence[Unit], settings: TransferSettings) -> BranchTransferResult:
     """Measure the branches of one model."""
-    sums = _Sums(len(units), path, eps, n_resamples, seed)
-    unread = {i: reason for i, unit in enumerate(units) if (reason := _unread_reason(unit)) is not None}
-    read = [i for i in range(len(units)) if i not in unread]
-    with (
-        probe.guard(logits=False) as model,
-        reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
-        failing_together(),
-    ):
-        for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
-            model(x)
-            sums.close_batch(index)
+    level = settings.level
+    unread = {i: reason for i, reason in enumerate(map(_unread_reason, units)) if reason is not None}
+    sums = _read(probe, units, [i for i in range(len(units)) if i not in unread], settings)
     contrasts, *curves = estimates([sums.contrasts, *sums.curves], level)
-    sizes = [size for rank in gather_objects(sums.sizes) for size in rank.items()]
-    shape: dict[int, tuple[int, int]] = dict(sizes)
+    sizes = {i: size for rank_sizes in gather_objects(sums.sizes) for i, size in rank_sizes.items()}  # of the maps
     contrast = np.broadcast_to(contrasts.mean, len(units)).copy()
     half_width = np.broadcast_to(contrasts.half_width, len(units)).copy()
     replicates = sums.replicates()
     varying = set().union(*gather_objects(sums.varying))
-    flat = [i for i in shape if not {(i, "input"), (i, "output")} <= varying]  # all that is left of it is the eps
-    contrast[flat] = half_width[flat] = replicates[:, flat] = np.nan
-    undefined = [i for i in range(len(units)) if i in shape and not np.isfinite(contrast[i])]
-    named = {units[i].name: _null_reason(curves[i].mean, i in flat) for i in undefined}
-    warn_nulls("branch_transfer", named | {units[i].name: reason for i, reason in unread.items()})
+    # of a unit whose input or output is constant over the positions the spectrum holds nothing but eps
+    constant = [i for i in sizes if not {(i, "input"), (i, "output")} <= varying]
+    contrast[constant] = half_width[constant] = replicates[:, constant] = np.nan
+    undefined = [i for i in range(len(units)) if i in sizes and not np.isfinite(contrast[i])]
+    reasons = {units[i].name: _null_reason(curves[i].mean, i in constant) for i in undefined}
+    warn_nulls("branch_transfer", reasons | {units[i].name: reason for i, reason in unread.items()})
     warn_nulls("branch_transfer", few_images(contrasts.count))
-    kinds, every = tuple(unit.kind for unit in units), range(len(units))
+    normalized_frequency = [np.empty(0) for _ in units]
+    transfer = [np.empty(0) for _ in units]
+    for i, size in sizes.items():
+        normalized_frequency[i] = frequencies(size, settings.path)
+        transfer[i] = np.where(i in constant, np.nan, np.atleast_1d(curves[i].mean))
+    kinds = tuple(unit.kind for unit in units)
     return BranchTransferResult(
         units=tuple(unit.name for unit in units),
         kinds=kinds,
         stages=np.array([unit.stage for unit in units]),
         depths=np.array([unit.depth for unit in units], dtype=float),
-        normalized_frequency=tuple(frequencies(shape[i], path) if i in shape else np.empty(0) for i in every),
-        transfer=tuple(
-            np.where(i in flat, np.nan, np.atleast_1d(curves[i].mean)) if i in shape else np.empty(0) for i in every
-        ),
+        normalized_frequency=tuple(normalized_frequency),
+        transfer=tuple(transfer),
         contrast=contrast,
         contrast_half_width=half_width,
         contrast_own=contrast,
@@ -252,78 +245,24 @@ def _measured(
         **by_kind(contrast, replicates, kinds, level, contrasts.count),
         reference="none",
         level=level,
-        seed=seed,
+        seed=settings.seed,
         n_images=contrasts.count,
-        card=probe.card(solver={"path": path, "eps": eps, "n_resamples": n_resamples, "seed": seed}),
+        card=probe.card(solver=settings.solver()),
     )
 
 
-class _Sums:
-    """Sums that are kept between batches: those of curves, of contrasts, and of contrasts weighted for each replicate."""
-
-    def __init__(self, n_units: int, path: str, eps: float, n_resamples: int, seed: int) -> None:
-        self.path, self.eps, self.n_resamples, self.seed = path, eps, n_resamples, seed
-        self.curves = [RunningMean() for _ in range(n_units)]
-        self.contrasts = RunningMean()
-        self.sizes: dict[int, tuple[int, int]] = {}
-        self.varying: set[tuple[int, str]] = set()
-        self._weighted: Tensor | None = None
-        self._inputs: dict[int, tuple[tuple[int, int], Tensor]] = {}
-        self._batch: dict[int, Tensor] = {}
-        self._n_images = 0
-
-    def read(self, index: int, unit: Any, side: str, x: Tensor) -> None:
-        """Take one branch's input or output ``(B, C, h, w)``."""
-        size = (int(x.shape[-2]), int(x.shape[-1]))
-        try:
-            amplitudes = spectrum(x, self.path, self.eps)
-        except ValueError as error:
-            raise ValueError(f"At unit {unit.name}: {error}") from None
-        logs = amplitudes.log_amplitude  # (B, n_bins)
-        if (index, side) not in self.varying and varies(x, amplitudes.power):
-            self.varying.add((index, side))
-        self._n_images = len(x)
-        if side == "input":
-            self._inputs[index] = size, logs
-            return
-        before = self._inputs.pop(index, None)
-        if before is not None and before[0] == size:
-            self.sizes[index] = size
-            self._batch[index] = logs - before[1]
-
-    def close_batch(self, batch: int) -> None:
-        """Add one batch's transfers to the sums."""
-        columns = []
-        for index in range(len(self.curves)):
-            transfer = self._batch.get(index)
-            if transfer is not None:
-                self.curves[index].add(transfer)
-            columns.append(_contrast(transfer, self._n_images))
-        device = next((c.device for c in columns), torch.device("cpu"))
-        contrast = torch.stack([c.to(device) for c in columns], dim=1)  # (B, n_units)
-        self.contrasts.add(contrast)
-        # a function of (seed, batch) alone, so that a trained and an initial model resample the same images
-        draws = np.random.default_rng([self.seed, batch]).poisson(1.0, (self.n_resamples, len(contrast)))
-        weights = torch.from_numpy(draws).to(contrast)  # (n_resamples, B)
-        sums = torch.cat([weights @ contrast, weights.sum(1, keepdim=True)], dim=1)
-        self._weighted = sums if self._weighted is None else self._weighted + sums
-        self._batch.clear()
-
-    def replicates(self) -> np.ndarray:
-        """Return the contrast of each replicate and unit over all ranks, ``(n_resamples, n_units)``."""
-        shares = gather_objects(None if self._weighted is None else self._weighted.cpu().numpy())
-        total = np.sum([share for share in shares if share is not None], axis=0)
-        weight = total[:, -1:]
-        return np.where(weight > 0, total[:, :-1], np.nan) / np.where(weight > 0, weight, 1.0)
-
-
-def _contrast(transfer: Tensor | None, n_images: int) -> Tensor:
-    """Return each image's mean over the highest third of the bins above 0 minus that over the lowest third."""
-    n_ac = 0 if transfer is None else transfer.shape[1] - 1
-    if transfer is None or n_ac < 2:
-        return torch.full((n_images,), float("nan"), dtype=torch.float64)
-    third = max(1, n_ac // 3)
-    return transfer[:, -third:].mean(1) - transfer[:, 1 : 1 + third].mean(1)
+def _read(probe: Probe, units: Sequence[Unit], read: Sequence[int], settings: TransferSettings) -> BranchSums:
+    """Return the sums over this rank's batches; ``read`` are the indices of the units that can be read."""
+    sums = BranchSums(len(units), settings)
+    with (
+        probe.guard(logits=False) as model,
+        reading_branches(model, [units[i] for i in read], lambda i, *value: sums.read(read[i], *value)),
+        failing_together(),
+    ):
+        for index, (x, _) in track(probe.local_batches(), "branch transfer", -(-probe.n_batches // world_size())):
+            model(x)
+            sums.close_batch(index)
+    return sums
 
 
 def _unread_reason(unit: Unit) -> str | None:

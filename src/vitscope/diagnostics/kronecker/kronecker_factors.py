@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import numpy as np
 from torch import Tensor, nn
@@ -161,18 +161,7 @@ def kronecker_factors(
     Martens (ICML 2016) for convolutions; Eschenhagen et al., K-FAC for Modern Neural Network Architectures (NeurIPS 2023).
     """
     options = CurvatureOptions(**curvature)
-    if fisher not in FISHERS:
-        raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, received {fisher!r}.")
-    if approximation not in APPROXIMATIONS:
-        raise ValueError(
-            f"Expected approximation to be one of {', '.join(APPROXIMATIONS)}, received {approximation!r}."
-        )
-    check_classes(probe, "kronecker_factors")
-    if not probe.takes_images:
-        raise ValueError(
-            "kronecker_factors needs batches of images and targets alone, (x, y) or a mapping of both, received batches of more "
-            "entries or a forward=: wrap the model in a module that takes the images."
-        )
+    _check(probe, fisher, approximation)
     refuse_without_curvlinops()
     n_parameters = sum(p.numel() for p in probe.parameters().values())
     with probe.guard(second_order=True, dtype=options.torch_dtype) as model:
@@ -188,14 +177,12 @@ def kronecker_factors(
             solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
         )
     names = tuple(factors)
-    inputs, outputs = [f.inputs for f in factors.values()], [f.outputs for f in factors.values()]
-    input_fits, output_fits = ([_decay(values, least_share) for values in spectra] for spectra in (inputs, outputs))
+    inputs = [factor.inputs for factor in factors.values()]  # eigenvalues of A
+    outputs = [factor.outputs for factor in factors.values()]  # and of B
     kinds = kinds_of_probe(probe, [f"{name}.weight".lstrip(".") for name in names], "kronecker_factors")
     groups = present_kinds(kinds)
-    input_exponents, output_exponents = (np.array([fit.exponent for fit in f]) for f in (input_fits, output_fits))
-    input_means, input_intervals = mean_by_kind(input_exponents, kinds, groups)
-    output_means, output_intervals = mean_by_kind(output_exponents, kinds, groups)
-    is_undefined = np.isnan(input_exponents) | np.isnan(output_exponents)
+    input_decays, output_decays = (_decays(spectra, least_share, kinds, groups) for spectra in (inputs, outputs))
+    is_undefined = np.isnan(input_decays.exponents) | np.isnan(output_decays.exponents)
     reason = f"fewer than {LEAST_POINTS} eigenvalues for a decay"
     warn_nulls("kronecker_factors", {name: reason for name, is_null in zip(names, is_undefined) if is_null})
     return KroneckerFactorsResult(
@@ -207,19 +194,60 @@ def kronecker_factors(
         output_eigenvalues=_padded(outputs, n_values),
         input_effective_ranks=np.array([_participation(values) for values in inputs]),
         output_effective_ranks=np.array([_participation(values) for values in outputs]),
-        input_exponents=input_exponents,
-        input_half_widths=np.array([fit.half_width for fit in input_fits]),
-        output_exponents=output_exponents,
-        output_half_widths=np.array([fit.half_width for fit in output_fits]),
+        input_exponents=input_decays.exponents,
+        input_half_widths=input_decays.half_widths,
+        output_exponents=output_decays.exponents,
+        output_half_widths=output_decays.half_widths,
         traces=np.array([a.sum() * b.sum() for a, b in zip(inputs, outputs)]),
         groups=groups,
-        mean_input_exponents=input_means,
-        mean_input_intervals=input_intervals,
-        mean_output_exponents=output_means,
-        mean_output_intervals=output_intervals,
+        mean_input_exponents=input_decays.means,
+        mean_input_intervals=input_decays.intervals,
+        mean_output_exponents=output_decays.means,
+        mean_output_intervals=output_decays.intervals,
         n_uncovered=n_parameters - n_covered,
         card=card,
     )
+
+
+def _check(probe: Probe, fisher: str, approximation: str) -> None:
+    if fisher not in FISHERS:
+        raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, received {fisher!r}.")
+    if approximation not in APPROXIMATIONS:
+        raise ValueError(
+            f"Expected approximation to be one of {', '.join(APPROXIMATIONS)}, received {approximation!r}."
+        )
+    check_classes(probe, "kronecker_factors")
+    if not probe.takes_images:
+        raise ValueError(
+            "kronecker_factors needs batches of images and targets alone, (x, y) or a mapping of both, received batches of more "
+            "entries or a forward=: wrap the model in a module that takes the images."
+        )
+
+
+class _Decays(NamedTuple):
+    """Decay of the eigenvalues of one of the two factors; the attributes of `KroneckerFactorsResult` say more.
+
+    Attributes:
+        exponents: (n_layers,).
+        half_widths: (n_layers,).
+        means: (n_groups,) of the exponents.
+        intervals: (n_groups, 2) of the means.
+    """
+
+    exponents: np.ndarray
+    half_widths: np.ndarray
+    means: np.ndarray
+    intervals: np.ndarray
+
+
+def _decays(
+    spectra: Sequence[np.ndarray], least_share: float, kinds: tuple[str, ...], groups: tuple[str, ...]
+) -> _Decays:
+    """Fit the decay of each layer's eigenvalues, and average the exponents by kind."""
+    fits = [_decay(values, least_share) for values in spectra]
+    exponents = np.array([fit.exponent for fit in fits])
+    means, intervals = mean_by_kind(exponents, kinds, groups)
+    return _Decays(exponents, np.array([fit.half_width for fit in fits]), means, intervals)
 
 
 def _few_images(probe: Probe) -> Inputs:
@@ -242,6 +270,7 @@ def _decay(values: np.ndarray, least_share: float) -> PowerLaw:
 
 
 def _padded(spectra: list[np.ndarray], n: int) -> np.ndarray:
+    """Return at most the first n eigenvalues of each layer as a table (n_layers, n_values), filled up with NaN."""
     rows = np.full((len(spectra), min(n, max(map(len, spectra)))), np.nan)
     for row, values in zip(rows, spectra):
         row[: len(values)] = values[: len(row)]
@@ -249,5 +278,6 @@ def _padded(spectra: list[np.ndarray], n: int) -> np.ndarray:
 
 
 def _participation(values: np.ndarray) -> float:
+    """Return the participation ratio of eigenvalues, see `KroneckerFactorsResult`."""
     square = float(np.square(values).sum())
     return float(values.sum()) ** 2 / square if square > 0 else float("nan")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.weight_space import guarded_evaluation
-from vitscope.linalg.weights.directions import filter_parameters, inner, norm, random_direction, scale
+from vitscope.linalg.weights.auto_pgd import StepSize, apgd_step
+from vitscope.linalg.weights.directions import filter_parameters, norm, random_direction, scale
 from vitscope.linalg.weights.effective_weights import canonical_names, pruning_masks
 from vitscope.linalg.weights.weight_space_walk import points_in_plane
 from vitscope.runtime import stop_flag
@@ -26,12 +27,10 @@ AdaptiveMeasure = Literal[
 ]
 MEASURES = get_args(AdaptiveMeasure)
 
-#: momentum of APGD, and the share of improving steps below which it halves its step (Croce & Hein, ICML 2020, section 3)
-_MOMENTUM, _IMPROVING = 0.75, 0.75
-
 #: norms of centered logits below which they are not divided (the paper's code)
 _LEAST_NORM = 1e-10
 
+#: numbers of a case and of a group of images
 _Key = tuple[int, int]
 
 
@@ -106,14 +105,13 @@ def adaptive_rises(
         search = _Search(probe, model, options)
 
         def compute(key: _Key) -> Row:
-            measure, radius = cases[key[0]]
-            return search.average(measure, radius, key[1]) if measure.endswith("average") else search.worst(
-                measure, radius, key[1]
-            )  # fmt: skip
+            (measure, radius), group = cases[key[0]], key[1]
+            rise_of = search.average if measure.endswith("average") else search.worst
+            return rise_of(measure, radius, group)
 
         def name(key: _Key) -> str:
-            measure, radius = cases[key[0]]
-            return f"{measure} {radius!r} of group {key[1]}"
+            (measure, radius), group = cases[key[0]], key[1]
+            return f"{measure} {radius!r} of group {group}"
 
         rows = (
             map_resumably(keys, compute, name=name, partial=partial, description="adaptive sharpness") if keys else []
@@ -170,10 +168,9 @@ class _Search:
         """
         n_steps = self._options.n_steps
         u = self._start(scales, ball, radius, start, group)
+        before, best_u = _copy(u), _copy(u)
+        step_size = StepSize(2 * radius, n_steps)
         offset = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
-        before, best_u, step = _copy(u), _copy(u), 2 * radius
-        checkpoints, improving, since = _checkpoints(n_steps), 0, 0
-        last_step, last_best = step, -np.inf
         bests: list[float] = []
         with points_in_plane(self._parameters, None, offset) as move:
             for k in range(n_steps + 1):
@@ -184,21 +181,18 @@ class _Search:
                 if not np.isfinite(loss):
                     return bests + [np.inf] * (n_steps + 1 - len(bests))
                 if not bests or loss > bests[-1]:
-                    best_u, improving = _copy(u), improving + 1
+                    best_u = _copy(u)
+                    step_size.n_improving += 1
                 bests.append(max([loss, *bests[-1:]]))
                 if k == n_steps:
                     break
-                if k in checkpoints:
-                    stuck = last_step == step and last_best == bests[-1]
-                    if improving < _IMPROVING * (k - since) or stuck:
-                        step, u, before = step / 2, _copy(best_u), _copy(best_u)
-                        # the gradient belongs to the point that was left; the next step computes its own
-                        last_step, last_best, improving, since = step * 2, bests[-1], 0, k
-                        continue
-                    last_step, last_best, improving, since = step, bests[-1], 0, k
+                if step_size.is_halved(k, bests[-1]):
+                    # the gradient belongs to the point that is left; the next step computes that of the best one
+                    u, before = _copy(best_u), _copy(best_u)
+                    continue
                 for name, g in gradient.items():
                     g.mul_(scales[name])
-                u, before = _apgd_step(u, before, gradient, step, ball, radius, first=k == 0), u
+                u, before = apgd_step(u, before, gradient, step_size.value, ball, radius, first=k == 0), u
         return bests
 
     def _start(
@@ -285,50 +279,6 @@ def _scales(model: nn.Module, parameters: Mapping[str, nn.Parameter], kind: str)
             mean_square = w.square().sum(axes, keepdim=True) / mask.sum(axes, keepdim=True).clamp(min=1)
             scales[name] = mean_square.sqrt() * mask
     return scales
-
-
-def _apgd_step(
-    u: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
-    gradient: dict[str, Tensor],
-    step: float,
-    ball: str,
-    radius: float,
-    *,
-    first: bool,
-) -> dict[str, Tensor]:
-    """Return the next point: steepest ascent, projection, and momentum except in the first step."""
-    if ball == "l2":
-        length = norm(gradient)
-        ahead = {name: u[name] + g * (step / length if length > 0 else 0.0) for name, g in gradient.items()}
-    else:
-        ahead = {name: u[name] + step * g.sign() for name, g in gradient.items()}
-    _project(ahead, ball, radius)
-    if first:
-        return ahead
-    mixed = {
-        name: u[name] + _MOMENTUM * (ahead[name] - u[name]) + (1 - _MOMENTUM) * (u[name] - before[name])
-        for name in ahead
-    }
-    _project(mixed, ball, radius)
-    return mixed
-
-
-def _project(u: dict[str, Tensor], ball: str, radius: float) -> None:
-    if ball == "l2":
-        length = inner(u, u) ** 0.5
-        scale(u, min(1.0, radius / length) if length > 0 else 1.0)
-    else:
-        for d in u.values():
-            d.clamp_(-radius, radius)
-
-
-def _checkpoints(n_steps: int) -> set[int]:
-    """Return the steps at which APGD may halve its step size."""
-    shares = [0.0, 0.22]
-    while shares[-1] < 1:
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return {int(np.ceil(share * n_steps)) for share in shares[1:]}
 
 
 def _copy(u: Mapping[str, Tensor]) -> dict[str, Tensor]:

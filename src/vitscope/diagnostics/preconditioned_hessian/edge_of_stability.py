@@ -203,41 +203,48 @@ def edge_of_stability(
         if previous is None or previous.formula != limit.formula:
             warn_of_unknown(limit, step)
         product = mean if limit.decay is None else product_with_decay(mean, flat_values(operators, limit.decay))
-        earlier = previous if warm_start and previous is not None else None
+        earlier = previous if warm_start else None
         pairs = _largest(mean, product, k, earlier, options)
-        scaled = (
-            pairs if limit.scale is None else _scaled_largest(operators, mean, product, limit.scale, earlier, options)
-        )
+        scaled_pairs = None
+        if limit.scale is not None:
+            scaled_pairs = _scaled_largest(operators, mean, product, limit.scale, earlier, options)
         card = operators.card(
             {"k": k, "which": "LA", **options.values("tol", "max_products", "seed"), "n_products": mean.n_products},
             **limit.l2,
         )
-        vectors = pairs.vectors.cpu().numpy() if pairs.vectors is not None else np.zeros((0, 0))
-    row = {
+        vectors, scaled_vectors = _vectors_of(pairs), _vectors_of(scaled_pairs)
+    sharpest = pairs if scaled_pairs is None else scaled_pairs  # without a preconditioner both are the same
+    entry = {
         "steps": np.array([step]),
         "eigenvalues": pairs.values[None],
         "errors": pairs.errors[None],
         "converged": pairs.converged[None],
-        "sharpness": scaled.values[:1],
-        "sharpness_error": scaled.errors[:1],
-        "sharpness_converged": scaled.converged[:1],
+        "sharpness": sharpest.values[:1],
+        "sharpness_error": sharpest.errors[:1],
+        "sharpness_converged": sharpest.converged[:1],
         "limit": np.array([limit.threshold]),
         "lr": np.array([limit.lr]),
         "overlap": np.array([_overlap(previous, vectors)]),
         "n_products": np.array([mean.n_products]),
     }
     if previous is not None:
-        row = {name: np.concatenate([getattr(previous, name), value]) for name, value in row.items()}
-    is_scaled = limit.scale is not None and scaled.vectors is not None
+        entry = {name: np.concatenate([getattr(previous, name), value]) for name, value in entry.items()}
     return EdgeOfStabilityResult(
-        **row,
+        **entry,
         optimizer=limit.optimizer,
         preconditioner=limit.preconditioner,
         formula=limit.formula,
         eigenvectors=vectors,
-        scaled_eigenvector=scaled.vectors[0].cpu().numpy() if is_scaled and scaled.vectors is not None else np.zeros(0),
+        scaled_eigenvector=scaled_vectors[0] if len(scaled_vectors) else np.zeros(0),
         card=card,
     )
+
+
+def _vectors_of(pairs: Eigenpairs | None) -> np.ndarray:
+    """Return the eigenvectors (k, n_parameters) in memory of the host; no rows where there are none."""
+    if pairs is None or pairs.vectors is None:
+        return np.zeros((0, 0))
+    return pairs.vectors.cpu().numpy()
 
 
 def _largest(
@@ -304,6 +311,7 @@ def _overlap(previous: EdgeOfStabilityResult | None, vectors: np.ndarray) -> flo
 
 
 def _step_of(probe: Probe, step: int | None, previous: EdgeOfStabilityResult | None) -> int:
+    """Return the number of steps that the weights have made: as given, as the run states, or that of one more step."""
     stated = probe.about.get("step") if step is None else step
     if stated is None:
         return 0 if previous is None else int(previous.steps[-1]) + 1
@@ -313,6 +321,7 @@ def _step_of(probe: Probe, step: int | None, previous: EdgeOfStabilityResult | N
 
 
 def _check_previous(previous: EdgeOfStabilityResult, step: int, k: int) -> None:
+    """Refuse a series of other eigenvalues, or of later steps."""
     if not isinstance(previous, EdgeOfStabilityResult):
         raise ValueError(f"Expected previous to be a result of edge_of_stability or None, received {previous!r}.")
     if previous.eigenvalues.shape[1] != k:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.running_mean import RunningMean
+from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.shared_values.feature_squares import channel_squares, flat_map, squared_map, token_squares
 from vitscope.core.tap import Tap
 from vitscope.runtime import distributed
+from vitscope.stats.intervals import Estimate
 
 #: Sun et al. 2024: a massive activation is larger than 100, and at least 1000 times the median magnitude
 MASSIVE_MAGNITUDE, MASSIVE_RATIO = 100.0, 1000.0
@@ -49,13 +51,57 @@ class KeptRows:
 
 def gathered_rows(kept_rows: Sequence[KeptRows]) -> list[np.ndarray | None]:
     """Return all ranks' rows ``(n_images, ...)`` of each; None where nothing was kept."""
-    results = []
-    for rows, states in zip(kept_rows, zip(*distributed.gather_objects([rows.state() for rows in kept_rows]))):
-        batches = [
-            part for _, part in sorted((entry for state in states for entry in state), key=lambda entry: entry[0])
-        ]
-        results.append(np.concatenate(batches)[: rows.limit] if batches else None)
+    gathered = distributed.gather_objects([rows.state() for rows in kept_rows])
+    results: list[np.ndarray | None] = []
+    for rows, states in zip(kept_rows, zip(*gathered)):
+        batches = sorted((batch for state in states for batch in state), key=lambda batch: batch[0])
+        results.append(np.concatenate([part for _, part in batches])[: rows.limit] if batches else None)
     return results
+
+
+class TapEstimates(NamedTuple):
+    """Means over images by tap, with their intervals; the attributes of `TapSums` of these names say of what."""
+
+    norm: list[Estimate]
+    prefix_norm: list[Estimate]
+    channel: list[Estimate]
+    peak: list[Estimate]
+    largest: list[Estimate]
+    ratio: list[Estimate]
+    massive: list[Estimate]
+    on_prefix: list[Estimate]
+
+
+def tap_estimates(taps: Sequence[TapSums], level: float) -> TapEstimates:
+    """Return the means over the images of all ranks, with intervals of a coverage ``level``."""
+    n_means = len(TapEstimates._fields)
+    means = estimates([getattr(tap, name) for tap in taps for name in TapEstimates._fields], level)
+    return TapEstimates(*(means[place::n_means] for place in range(n_means)))
+
+
+class TapFacts(NamedTuple):
+    """What all images have in common at one tap.
+
+    Attributes:
+        shape: (C, h, w) of its maps; zeros where no rank has seen one.
+        n_prefix: number of its prefix tokens.
+        zero_medians: number of images whose median magnitude is zero.
+    """
+
+    shape: tuple[int, ...]
+    n_prefix: int
+    zero_medians: int
+
+
+def tap_facts(taps: Sequence[TapSums]) -> list[TapFacts]:
+    """Return the facts about each tap from the images of all ranks, some of which may have seen none."""
+    gathered = distributed.gather_objects([(tap.shape, tap.n_prefix, tap.zero_medians) for tap in taps])
+    facts = []
+    for states in zip(*gathered):  # those of one tap, by rank
+        shapes, prefix_counts, zero_counts = zip(*states)
+        shape = next((shape for shape in shapes if shape is not None), (0, 0, 0))
+        facts.append(TapFacts(shape, max(prefix_counts), sum(zero_counts)))
+    return facts
 
 
 class TapSums:
@@ -86,13 +132,6 @@ class TapSums:
         self.largest, self.ratio = RunningMean(), RunningMean()
         self.massive, self.on_prefix = RunningMean(answers=True), RunningMean(answers=True)
         self.zero_medians = 0
-
-    @property
-    def means(self) -> list[RunningMean]:
-        """All running means, in the order of the attributes."""
-        return [
-            self.norm, self.prefix_norm, self.channel, self.peak, self.largest, self.ratio, self.massive, self.on_prefix
-        ]  # fmt: skip
 
     def read(self, tap: Tap, x: Tensor, prefix: Tensor | None) -> None:
         """Take maps ``(B, C, h, w)`` and the prefix tokens ``(B, n_prefix, C)`` in front of them."""

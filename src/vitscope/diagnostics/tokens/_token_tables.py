@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,12 +12,6 @@ from vitscope.stats.intervals import Estimate
 QUANTILES = np.array([0.0, 0.05, 0.5, 0.95, 1.0])
 #: channels of which a tap's result names the numbers
 _N_CHANNELS = 5
-
-
-def merged_facts(states: Sequence[tuple[Any, int, int]]) -> tuple[tuple[int, ...], int, int]:
-    """Return the shape and the number of prefix tokens from whichever rank saw them, and the sum of zero medians."""
-    shape = next((shape for shape, _, _ in states if shape is not None), (0, 0, 0))
-    return shape, max(n for _, n, _ in states), sum(zeros for *_, zeros in states)
 
 
 def numbers(means: Sequence[Estimate], field: str) -> np.ndarray:

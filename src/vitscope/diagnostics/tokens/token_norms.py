@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +16,23 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import estimates
 from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._artefacts import Artefacts, artefacts, first_with_artefacts
 from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields
 from vitscope.diagnostics.tokens._attention_units import readable_units
 from vitscope.diagnostics.tokens._prefix_kinds import prefix_kinds
-from vitscope.diagnostics.tokens._token_statistics import TapSums, gathered_rows
-from vitscope.diagnostics.tokens._token_tables import (
-    QUANTILES,
-    largest_channels,
-    merged_facts,
-    numbers,
-    padded,
-    quantiles,
-    stacked,
+from vitscope.diagnostics.tokens._token_statistics import (
+    TapEstimates,
+    TapFacts,
+    TapSums,
+    gathered_rows,
+    tap_estimates,
+    tap_facts,
 )
-from vitscope.runtime import distributed
+from vitscope.diagnostics.tokens._token_tables import QUANTILES, largest_channels, numbers, padded, quantiles, stacked
 from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
-from vitscope.stats.intervals import Estimate, check_level, few_images
+from vitscope.stats.intervals import check_level, few_images
 
 
 @dataclass(frozen=True)
@@ -250,80 +247,83 @@ class _Sums:
 
 def _result(sums: _Sums) -> TokenNormsResult:
     probe, level = sums.probe, sums.level
-    means = estimates([mean for tap in sums.taps for mean in tap.means], level)
-    by_tap = [means[start : start + 8] for start in range(0, len(means), 8)]
-    norm, prefix_norm, channel, peak, largest, ratio, massive, on_prefix = (list(column) for column in zip(*by_tap))
-    kept_norms = gathered_rows([rows for tap in sums.taps for rows in (tap.patch, tap.prefix)])
-    gathered = distributed.gather_objects([(tap.shape, tap.n_prefix, tap.zero_medians) for tap in sums.taps])
-    facts = [merged_facts(states) for states in zip(*gathered)]
-    n_images = max(mean.count for mean in norm)
-    n_kept = max((len(rows) for rows in kept_norms[::2] if rows is not None), default=0)
-    patch = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[::2]]
-    prefix = [np.zeros((n_kept, 0), np.float32) if rows is None else rows for rows in kept_norms[1::2]]
-    artefacts_by_tap = [artefacts(rows, sums.threshold, level) for rows in patch]
-    n_prefix = max(n for _, n, _ in facts)
+    means = tap_estimates(sums.taps, level)
+    patch, prefix = _kept_norms(sums.taps)
+    facts = tap_facts(sums.taps)
+    n_images = max(mean.count for mean in means.norm)
+    n_prefix = max(tap.n_prefix for tap in facts)
+    artefacts_by_tap = [artefacts(norms, sums.threshold, level) for norms in patch]
     shares = np.array([tap.share for tap in artefacts_by_tap])
     names = tuple(tap.name for tap in probe.taps)
     attention = sink_fields(sums.sinks, names, [tap.above for tap in artefacts_by_tap], n_prefix, level)
-    _warn(probe.taps, facts, artefacts_by_tap, ratio, n_images, sums.unread)
-    channels, magnitudes = largest_channels(peak)
+    warn_nulls("token_norms", {**sums.unread, **_null_reasons(probe.taps, facts, artefacts_by_tap, means)})
+    warn_nulls("token_norms", few_images(n_images))
+    channels, magnitudes = largest_channels(means.peak)
     return TokenNormsResult(
         **tap_fields(probe.taps),
-        map_sizes=np.array([shape[1:] for shape, _, _ in facts]),
+        map_sizes=np.array([tap.shape[1:] for tap in facts]),
         prefix_kinds=prefix_kinds(probe.model, n_prefix),
         norms_patch=stacked(patch),
         norms_prefix=stacked(prefix),
-        norm=numbers(norm, "mean"),
-        norm_half_width=numbers(norm, "half_width"),
+        norm=numbers(means.norm, "mean"),
+        norm_half_width=numbers(means.norm, "half_width"),
         norm_quantiles=np.array([quantiles(rows) for rows in patch]),
         quantile_levels=QUANTILES.copy(),
-        prefix_norm=padded([mean.mean for mean in prefix_norm], n_prefix),
-        prefix_norm_half_width=padded([mean.half_width for mean in prefix_norm], n_prefix),
+        prefix_norm=padded([mean.mean for mean in means.prefix_norm], n_prefix),
+        prefix_norm_half_width=padded([mean.half_width for mean in means.prefix_norm], n_prefix),
         artefact_threshold=np.array([tap.threshold for tap in artefacts_by_tap]),
         artefact_share=shares,
         artefact_share_half_width=np.array([tap.share_half_width for tap in artefacts_by_tap]),
         artefact_frequency=tuple(
-            tap.frequency.reshape(shape[1:]) for tap, (shape, _, _) in zip(artefacts_by_tap, facts)
+            tap.frequency.reshape(tap_fact.shape[1:]) for tap, tap_fact in zip(artefacts_by_tap, facts)
         ),
         bimodality=np.array([tap.bimodality for tap in artefacts_by_tap]),
         first_artefact_tap=first_with_artefacts(shares),
-        massive_ratio=numbers(ratio, "mean"),
-        massive_ratio_half_width=numbers(ratio, "half_width"),
-        largest_magnitude=numbers(largest, "mean"),
-        massive_share=numbers(massive, "mean"),
-        massive_on_prefix=numbers(on_prefix, "mean"),
+        massive_ratio=numbers(means.ratio, "mean"),
+        massive_ratio_half_width=numbers(means.ratio, "half_width"),
+        largest_magnitude=numbers(means.largest, "mean"),
+        massive_share=numbers(means.massive, "mean"),
+        massive_on_prefix=numbers(means.on_prefix, "mean"),
         massive_channels=channels,
         massive_channel_magnitudes=magnitudes,
-        channel_norms=tuple(np.atleast_1d(mean.mean) for mean in channel),
+        channel_norms=tuple(np.atleast_1d(mean.mean) for mean in means.channel),
         **attention,
-        n_norm_images=n_kept,
+        n_norm_images=max(map(len, patch)),
         level=level,
         n_images=n_images,
         card=probe.card(),
     )
 
 
-def _warn(
-    taps: Sequence[Tap],
-    facts: Sequence[tuple[tuple[int, ...], int, int]],
-    artefacts_by_tap: Sequence[Artefacts],
-    ratio: Sequence[Estimate],
-    n_images: int,
-    unread: Mapping[str, str],
-) -> None:
-    reasons = dict(unread)
-    for tap, (shape, _, zero_medians), tap_artefacts, tap_ratio in zip(taps, facts, artefacts_by_tap, ratio):
-        if shape == (0, 0, 0):
+def _kept_norms(taps: Sequence[TapSums]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the norms (n_norm_images, n) of patch tokens and of prefix tokens of each tap; n is 0 where it has none."""
+    all_norms = gathered_rows([rows for tap in taps for rows in (tap.patch, tap.prefix)])
+    patch, prefix = all_norms[0::2], all_norms[1::2]
+    n_kept = max((len(norms) for norms in patch if norms is not None), default=0)
+    none_kept = np.zeros((n_kept, 0), np.float32)
+    return (
+        [none_kept if norms is None else norms for norms in patch],
+        [none_kept if norms is None else norms for norms in prefix],
+    )
+
+
+def _null_reasons(
+    taps: Sequence[Tap], facts: Sequence[TapFacts], artefacts_by_tap: Sequence[Artefacts], means: TapEstimates
+) -> dict[str, str]:
+    """Return why numbers of taps are null, by the tap or the number."""
+    reasons = {}
+    for tap, tap_fact, tap_artefacts, ratio in zip(taps, facts, artefacts_by_tap, means.ratio):
+        has_norms = np.isfinite(tap_artefacts.threshold)
+        if tap_fact.shape == (0, 0, 0):
             reasons[tap.name] = "not reached by the forward pass"
-        elif not np.isfinite(tap_artefacts.threshold):
+        elif not has_norms:
             reasons[tap.name] = "no norm is positive and finite"
         elif np.isnan(tap_artefacts.share):
             reasons[tap.name] = "activations are not finite"
-        elif zero_medians:
+        elif tap_fact.zero_medians:
             reasons[f"the massive ratio at {tap.name}"] = "an image with half of its activations or more at zero"
-        elif not np.isfinite(tap_ratio.mean):
+        elif not np.isfinite(ratio.mean):
             reasons[f"the massive ratio at {tap.name}"] = "activations are not finite"
-        if np.isfinite(tap_artefacts.threshold) and np.isnan(tap_artefacts.bimodality):
+        if has_norms and np.isnan(tap_artefacts.bimodality):
             reasons[f"the bimodality at {tap.name}"] = "fewer than four norms, or norms that do not differ"
-    warn_nulls("token_norms", reasons)
-    warn_nulls("token_norms", few_images(n_images))
+    return reasons

@@ -13,8 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.models.permutations.axis_rules import Axes, check_heads, fix_all, plain
 from vitscope.models.permutations.channel_labels import Label
-from vitscope.models.structure.execution import tensors
-from vitscope.models.tracing.recorder import function_name
+from vitscope.models.structure.execution import function_name, tensors
 from vitscope.runtime.errors import StructureError
 
 #: called with each observed tensor, the number of its axis of units and their label

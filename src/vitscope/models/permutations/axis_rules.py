@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitscope.models.permutations.channel_labels import Label, cut_into_blocks, cut_into_heads, fix, merge
+from vitscope.models.tracing.axes import index_entries, matching_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,20 +74,19 @@ def fix_all(axes: Axes, place_name: str) -> None:
 
 
 def reshaped(axes: Axes, before: Sequence[int], after: Sequence[int], place_name: str) -> Axes:
-    """Return the axes after a reshape: an axis may be cut into heads, and heads become one axis again."""
+    """Return the axes after a reshape: an axis may be cut into heads, and heads become one axis again.
+
+    Raises:
+        ValueError: The shapes have different numbers of entries.
+    """
+    # axes of size 1 have no channels, wherever they are added or removed
     old_axes = [axis for axis, size in zip(axes, before) if size > 1]
-    old, new = [size for size in before if size > 1], [size for size in after if size > 1]
+    old_sizes, new_sizes = ([size for size in shape if size > 1] for shape in (before, after))
     regrouped: list[Axis] = []
-    i = j = 0
-    while i < len(old) and j < len(new):
-        end_i, end_j = i + 1, j + 1
-        # the shortest parts of both shapes that hold the same number of entries
-        while (n_old := math.prod(old[i:end_i])) != (n_new := math.prod(new[j:end_j])):
-            end_i, end_j = end_i + (n_old < n_new), end_j + (n_old > n_new)
-        regrouped += _regrouped(old_axes[i:end_i], old[i:end_i], new[j:end_j], place_name)
-        i, j = end_i, end_j
-    large = iter(regrouped)
-    return tuple(next(large) if size > 1 else None for size in after)
+    for old, new in matching_parts(old_sizes, new_sizes):
+        regrouped += _regrouped(old_axes[old], old_sizes[old], new_sizes[new], place_name)
+    new_axes = iter(regrouped)
+    return tuple(next(new_axes) if size > 1 else None for size in after)
 
 
 def _regrouped(old: list[Axis], before: list[int], after: list[int], place_name: str) -> list[Axis]:
@@ -99,8 +99,8 @@ def _regrouped(old: list[Axis], before: list[int], after: list[int], place_name:
             return list(cut_into_heads(label, after[0]))
         if len(after) == 3:  # queries, keys and values, each of several heads
             blocks = cut_into_blocks(label, (math.prod(after[1:]),) * after[0])
-            heads = [cut_into_heads(block, after[1]) for block in blocks]
-            return [Stacked(blocks, True), *(Stacked(tuple(pair[k] for pair in heads), False) for k in (0, 1))]
+            heads, channels = zip(*(cut_into_heads(block, after[1]) for block in blocks))
+            return [Stacked(blocks, True), Stacked(heads, False), Stacked(channels, False)]
     labels = plain(tuple(old))
     if len(after) == 1 and len(labels) == 2:
         heads, channels = labels
@@ -127,43 +127,48 @@ def selected(axes: Axes, dim: int, place: int, place_name: str) -> Axes:
 
 
 def indexed(axes: Axes, index: Any, place_name: str) -> Axes:
-    """Return the axes after ``tensor[index]`` with integers, slices, ``None``, an ellipsis, and at most one index tensor."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(e is Ellipsis for e in entries):
-        at = next(k for k, e in enumerate(entries) if e is Ellipsis)
-        n_used = sum(1 for e in entries if e is not None and e is not Ellipsis)
-        entries[at : at + 1] = [slice(None)] * (len(axes) - n_used)
-    result = axes
-    dim = 0
+    """Return the axes after ``tensor[index]`` with integers, slices, ``None``, an ellipsis, and at most one index tensor.
+
+    Raises:
+        TypeError: Another index.
+    """
+    entries = index_entries(index, len(axes))
+    _check_index(entries)
+    result, dim = axes, 0  # the axes from ``dim`` on are still to be indexed
     for entry in entries:
         if entry is None:
             result = (*result[:dim], None, *result[dim:])
             dim += 1
-        elif isinstance(entry, bool):
-            raise TypeError("boolean index")
-        elif isinstance(entry, int):
-            result = selected(result, dim, entry, place_name)
         elif isinstance(entry, slice):
-            if entry != slice(None) and result[dim] is not None:
+            if entry != slice(None):
                 fix_all((result[dim],), f"{place_name} takes a part of its channels")
                 result = (*result[:dim], None, *result[dim + 1 :])
             dim += 1
-        elif (
-            hasattr(entry, "ndim") and sum(hasattr(e, "ndim") for e in entries) == 1 and "bool" not in str(entry.dtype)
-        ):
+        elif isinstance(entry, int):
+            result = selected(result, dim, entry, place_name)
+        else:  # a tensor, whose axes replace the one that it indexes
             fix_all((result[dim],), f"{place_name} takes single channels")
             result = (*result[:dim], *(None,) * entry.ndim, *result[dim + 1 :])
             dim += entry.ndim
-        else:
-            raise TypeError("index by several tensors")
     return result
+
+
+def _check_index(entries: Sequence[Any]) -> None:
+    """Raise TypeError for an index by truth values, by several tensors or by lists."""
+    index_tensors = [entry for entry in entries if hasattr(entry, "ndim")]
+    others = [entry for entry in entries if not hasattr(entry, "ndim")]
+    if len(index_tensors) > 1 or any("bool" in str(entry.dtype) for entry in index_tensors):
+        raise TypeError("Expected an index by at most one tensor, of integers, received another.")
+    if any(isinstance(entry, bool) or not isinstance(entry, int | slice | None) for entry in others):
+        raise TypeError("Expected an index of integers, slices and None, received another.")
 
 
 def check_heads(axes: Axes, place_name: str) -> None:
     """Leave the channels of heads in place where a tensor has them without the axis of their heads."""
-    present = {
-        label.root for axis in axes for label in (axis.labels if isinstance(axis, Stacked) else (axis,)) if label
-    }
+    present = set[Label]()
+    for axis in axes:
+        labels = axis.labels if isinstance(axis, Stacked) else (axis,)
+        present.update(label.root for label in labels if label is not None)
     for axis in axes:
         if isinstance(axis, Label) and axis.root.head is not None and axis.root.head.root not in present:
             fix(axis, f"{place_name} treats the channels of all heads alike")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from vitscope.models.permutations import function_families as families
 from vitscope.models.permutations.axis_recorder import AxisRecorder
 from vitscope.models.permutations.axis_rules import Axes, fix_all, joined, plain
 from vitscope.models.permutations.channel_labels import Label, cut_into_blocks, cut_into_heads, fix, merge
-from vitscope.models.permutations.function_families import argument, axis_order
-from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.execution import argument, tensors
+from vitscope.models.tracing.axes import axis_order
 from vitscope.runtime.torch_internals import UnobservedFunctions
 
 
@@ -28,105 +28,104 @@ class UnitRecorder(AxisRecorder):
         """Return the axes of each result, or None for a function that is not known."""
         x, place_name = operands[0], self._place(op)
         axes = self._axes(x)
+        # layers and attention
         if op == "linear" or op.startswith("conv"):
             return [self._layer(op, args, kwargs, results[0], place_name)]
+        if op in families.NORMS:
+            return [self._norm(op, args, kwargs, axes, place_name)]
         if op == "scaled_dot_product_attention":
             return [self._attention(args, kwargs, place_name)]
         if op == "multi_head_attention_forward":
             return self._multi_head_attention(args, kwargs, results)
-        if op.endswith("norm") and op not in families.REDUCTIONS:
-            return self._norm(op, args, kwargs, axes, place_name)
-        if op in families.ELEMENTWISE and op != "prelu":
-            return [plain(axes) if op in ("softmax", "log_softmax", "normalize") else axes] * len(results)
-        if op in families.BINARY or op == "prelu":
-            return [self._elements(op, operands, results[0], place_name)]
+        # functions of elements
+        if op in families.ELEMENTWISE:
+            return [axes] * len(results)
+        if op in families.NORMALIZATIONS:
+            return [plain(axes)] * len(results)
+        if op == "prelu":
+            return [self._prelu(x, operands[1], place_name)]
+        if op in families.BINARY:
+            return [rules.broadcast([(self._axes(t), t.shape) for t in operands], results[0].shape, place_name)]
+        # products and sums
         if op in families.PRODUCTS:
             first, second = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
             pair = (second, first) if op == "__rmatmul__" else (first, second)
             return [self._product(*pair, place_name)]
         if op == "einsum":
             return [self._einsum(args, place_name)]
-        if op in families.JOINS or op == "stack":
-            return [self._join(op, args, kwargs, results[0], place_name)]
+        if op in families.REDUCTIONS:
+            return [self._reduced(args, kwargs, axes, t, x) for t in results]
+        # functions that rearrange
+        if op in families.JOINS:
+            return [self._joined(args, kwargs, results[0], place_name)]
+        if op == "stack":
+            return [self._stacked(args, kwargs, results[0], place_name)]
         if op in families.RESHAPES:
             return [rules.reshaped(axes, x.shape, results[0].shape, place_name)]
         if op in families.PERMUTATIONS:
-            order = axis_order(op, args, kwargs, x.ndim)
-            return [tuple(axes[k] for k in order)]
-        if op in families.PIECES or op in ("unbind", "select", "narrow"):
-            return self._pieces(op, args, kwargs, axes, results, place_name)
+            return [tuple(axes[k] for k in axis_order(op, args, kwargs, x.ndim))]
         if op == "__getitem__":
             return [rules.indexed(axes, args[1], place_name)]
-        if op in families.REDUCTIONS or op in ("max", "min", "argmax", "argmin"):
-            return [self._reduced(args, kwargs, axes, t, x) for t in results]
-        if op in families.SPATIAL or op in ("expand", "expand_as", "repeat", "broadcast_to", "repeat_interleave"):
+        if op in families.SLICES:
+            return self._slices(op, args, kwargs, axes, results, place_name)
+        if op in families.PIECES:
+            dim = argument(args, kwargs, 2, "dim", 0) % len(axes)
+            return self._pieces(axes, dim, results, place_name)
+        if op in families.RESIZES:
             return [self._resized(op, args, kwargs, axes, t, place_name) for t in results]
         return None
 
     def _layer(self, op: str, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
         """Join the channels of a linear layer or convolution with the axes of its weight (out, in, *kernel) and bias (out,)."""
-        x, weight, bias = (argument(args, kwargs, k, name) for k, name in enumerate(("input", "weight", "bias")))
-        place = -1 if op == "linear" else 1 - weight.ndim  # of the channels, for images without a batch too
-        groups = 1 if op == "linear" else argument(args, kwargs, 6, "groups", 1)
-        axes, kernel = plain(self._axes(x)), plain(self._axes(weight))
-        place %= x.ndim
-        label, (out, into) = axes[place], kernel[:2] if "transpose" not in op else kernel[1::-1]
-        if groups == 1:
-            if x.shape[place] > 1:
-                label = joined(label, into, f"{place_name} reads channels that are no units")
-        elif (
-            groups
-            == x.shape[place]
-            == (weight.shape[0] if "transpose" not in op else weight.shape[0] * weight.shape[1])
-        ):
-            out = label = joined(label, kernel[0], f"{place_name} reads channels that are no units")
-        else:
-            reason = f"{place_name} has groups of channels"
-            for one in (label, into, out):
-                if one is not None:
-                    fix(one, reason)
+        x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+        bias = argument(args, kwargs, 2, "bias", None)
+        is_linear = op == "linear"
+        place = x.ndim - 1 if is_linear else x.ndim + 1 - weight.ndim  # of the channels, for images without a batch too
+        n_groups = 1 if is_linear else argument(args, kwargs, 6, "groups", 1)
+        axes = plain(self._axes(x))
+        first, second, *kernel = plain(self._axes(weight))
+        out, into = (second, first) if "transpose" in op else (first, second)
+        label = axes[place]
+        if n_groups == 1 and x.shape[place] > 1:
+            label = joined(label, into, f"{place_name} reads channels that are no units")
+        elif n_groups == x.shape[place] == result.shape[place] > 1:  # a kernel for each channel
+            out = label = joined(label, first, f"{place_name} reads channels that are no units")
+        elif n_groups > 1:
+            _fix_each((label, into, out), f"{place_name} has groups of channels")
         if bias is not None and out is not None:
             out = joined(out, plain(self._axes(bias))[0], place_name)
-        for k in kernel[2:]:  # places of the kernel
-            if k is not None:
-                fix(k, "these are places of a kernel")
+        _fix_each(kernel, "these are places of a kernel")
         if self.observe is not None and label is not None:
             self.observe(x, place, label)
         if self.observe is not None and out is not None:
             self.observe(result, place, out)
-        rest = [None if op != "linear" else axis for axis in axes]
-        rest[place] = out
-        return tuple(rest)
+        others = axes if is_linear else (None,) * len(axes)
+        return (*others[:place], out, *others[place + 1 :])
 
-    def _norm(self, op: str, args: Any, kwargs: Any, axes: Axes, place_name: str) -> Sequence[Axes] | None:
+    def _norm(self, op: str, args: Any, kwargs: Any, axes: Axes, place_name: str) -> Axes:
         """Join the normalized channels with scale and shift; channels in groups stay in place."""
         result = list(plain(axes))
         if op in ("layer_norm", "rms_norm"):
             n = len(argument(args, kwargs, 1, "normalized_shape"))
             places = range(len(result) - n, len(result))
             scales = args[2:4] if len(args) > 2 else (kwargs.get("weight"), kwargs.get("bias"))
-        elif op in ("batch_norm", "instance_norm", "group_norm"):
+        else:
             places = range(1, 2)
             if op == "group_norm" and argument(args, kwargs, 1, "num_groups") > 1 and result[1] is not None:
                 fix(result[1], f"{place_name} has groups of channels")
             scales = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, Tensor)]
-        else:
-            return None
         for scale in scales:
             if isinstance(scale, Tensor):
                 for k, tensor_axes in zip(places, plain(self._axes(scale))):
                     result[k] = joined(result[k], tensor_axes, place_name)
-        return [tuple(result)]
+        return tuple(result)
 
-    def _elements(self, op: str, operands: list[Tensor], result: Tensor, place_name: str) -> Axes:
-        """Join the axes of operands that broadcast; of `prelu`, the channels with its slopes (channels,)."""
-        if op == "prelu":
-            x, weight = operands[:2]
-            axes = list(plain(self._axes(x)))
-            if weight.numel() > 1:
-                axes[1] = joined(axes[1], plain(self._axes(weight))[0], place_name)
-            return tuple(axes)
-        return rules.broadcast([(self._axes(t), t.shape) for t in operands], result.shape, place_name)
+    def _prelu(self, x: Tensor, slopes: Tensor, place_name: str) -> Axes:
+        """Join the channels with their slopes (channels,)."""
+        axes = list(plain(self._axes(x)))
+        if slopes.numel() > 1:
+            axes[1] = joined(axes[1], plain(self._axes(slopes))[0], place_name)
+        return tuple(axes)
 
     def _attention(self, args: Any, kwargs: Any, place_name: str) -> Axes:
         """Join the channels of queries and keys (..., tokens, channels); the result has those of the values."""
@@ -213,45 +212,53 @@ class UnitRecorder(AxisRecorder):
                 label_of[letter] = joined(label_of[letter], axis, place_name) if letter in label_of else axis
         return tuple(label_of[letter] for letter in output)
 
-    def _join(self, op: str, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
+    def _stacked(self, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
+        """Return the axes of tensors stacked along a new axis."""
+        parts = list(tensors(argument(args, kwargs, 0, "tensors")))
+        dim = argument(args, kwargs, 1, "dim", 0) % result.ndim
+        merged = rules.broadcast([(self._axes(t), t.shape) for t in parts], parts[0].shape, place_name)
+        return (*merged[:dim], None, *merged[dim:])
+
+    def _joined(self, args: Any, kwargs: Any, result: Tensor, place_name: str) -> Axes:
         """Return the axes of tensors joined along one axis: its channels are blocks, each of which is permuted by itself."""
         parts = list(tensors(argument(args, kwargs, 0, "tensors")))
         dim = argument(args, kwargs, 1, "dim", 0) % result.ndim
-        if op == "stack":
-            axes = [plain(self._axes(t)) for t in parts]
-            merged = rules.broadcast([(a, t.shape) for a, t in zip(axes, parts)], parts[0].shape, place_name)
-            return (*merged[:dim], None, *merged[dim:])
-        along = [plain(self._axes(t))[dim] for t in parts]
-        others = [(tuple(None if k == dim else axis for k, axis in enumerate(plain(self._axes(t)))),
-                   [1 if k == dim else size for k, size in enumerate(t.shape)]) for t in parts]  # fmt: skip
-        merged = rules.broadcast(others, others[0][1], place_name)
-        labels = [label for label in along if label is not None]
+        part_axes = [plain(self._axes(t)) for t in parts]
+        # along ``dim`` the parts do not meet
+        operands = [((*axes[:dim], None, *axes[dim + 1 :]), (*t.shape[:dim], 1, *t.shape[dim + 1 :]))
+                    for axes, t in zip(part_axes, parts)]  # fmt: skip
+        merged = rules.broadcast(operands, operands[0][1], place_name)
+        labels = [axes[dim] for axes in part_axes]
+        blocks = tuple(label for label in labels if label is not None)
         label = None
-        if labels and len(labels) == len(parts):
-            label = Label(result.shape[dim], f"channels joined by {place_name}", blocks=tuple(labels))
+        if len(blocks) == len(labels):
+            label = Label(result.shape[dim], f"channels joined by {place_name}", blocks=blocks)
         else:
-            for one in labels:
-                fix(one, f"{place_name} joins it with places that have a meaning")
+            _fix_each(blocks, f"{place_name} joins it with places that have a meaning")
         return (*merged[:dim], label, *merged[dim + 1 :])
 
-    def _pieces(
+    def _slices(
         self, op: str, args: Any, kwargs: Any, axes: Axes, results: list[Tensor], place_name: str
     ) -> Sequence[Axes]:
-        """Return the axes of the pieces of a tensor; an axis of channels is cut into blocks."""
-        dim = argument(args, kwargs, 1 if op in ("unbind", "select", "narrow") else 2, "dim", 0) % len(axes)
+        """Return the axes of slices of a tensor: `unbind` gives all along an axis, `select` one, `narrow` a range."""
+        dim = argument(args, kwargs, 1, "dim", 0) % len(axes)
         if op == "unbind":
             return [rules.selected(axes, dim, k, place_name) for k in range(len(results))]
         if op == "select":
             return [rules.selected(axes, dim, argument(args, kwargs, 2, "index"), place_name)]
+        fix_all((axes[dim],), f"{place_name} takes a part of its channels")
+        return [(*axes[:dim], None, *axes[dim + 1 :])]
+
+    def _pieces(self, axes: Axes, dim: int, results: list[Tensor], place_name: str) -> Sequence[Axes]:
+        """Return the axes of the pieces of a tensor; an axis of channels is cut into blocks."""
         axis = axes[dim]
-        if op != "narrow" and isinstance(axis, Label):
+        if isinstance(axis, Label):
             blocks = cut_into_blocks(axis, tuple(t.shape[dim] for t in results))
             return [(*axes[:dim], block, *axes[dim + 1 :]) for block in blocks]
         if isinstance(axis, rules.Stacked) and axis.is_index and len(results) == len(axis.labels):
             parts = [rules.selected(axes, dim, k, place_name) for k in range(len(results))]
-            return [(*part[:dim], None, *part[dim:]) for part in parts]
-        if axis is not None:
-            fix_all((axis,), f"{place_name} takes a part of its channels")
+            return [(*part[:dim], None, *part[dim:]) for part in parts]  # pieces keep the axis
+        fix_all((axis,), f"{place_name} takes a part of its channels")
         return [(*axes[:dim], None, *axes[dim + 1 :]) for _ in results]
 
     def _reduced(self, args: Any, kwargs: Any, axes: Axes, result: Tensor, x: Tensor) -> Axes:
@@ -279,3 +286,10 @@ class UnitRecorder(AxisRecorder):
                 axis = None
             remaining.append(axis)
         return tuple(remaining)
+
+
+def _fix_each(labels: Iterable[Label | None], reason: str) -> None:
+    """Leave the channels of each label in place."""
+    for label in labels:
+        if label is not None:
+            fix(label, reason)

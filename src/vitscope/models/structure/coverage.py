@@ -9,7 +9,7 @@ from torch import nn
 
 from vitscope.core.tap import Kind
 from vitscope.models.structure.execution import Execution, Stack
-from vitscope.models.structure.residual_structure import ModelComponent, is_gate
+from vitscope.models.structure.residual_structure import ModelComponent, gates_channels, is_gate
 from vitscope.models.tracing.additions import is_attention_pooling
 from vitscope.runtime.errors import StructureError
 from vitscope.runtime.torch_internals import ConvolutionBase
@@ -136,26 +136,45 @@ def _missing(
 def _uncovered(
     model: nn.Module, components: Sequence[ModelComponent], observed: Execution | None
 ) -> Iterator[tuple[str, Stack]]:
+    """Yield a description and the modules of each part outside of units, which may be one several times."""
     if observed is None:
         for stack in _stacks(model):
             if _is_named_attention(stack[-1][1]) and not _is_covered(stack, components, by_name=True):
                 yield "attention module", stack
         return
-    blocks = residual_blocks(components)
-    end = max((observed.ends.get(block, 0) for block in blocks), default=0)
+    for stack in _uncovered_attention(model, components, observed):
+        yield "attention module", stack
+    yield from _uncovered_layers(model, components, observed)
+
+
+def _uncovered_attention(
+    model: nn.Module, components: Sequence[ModelComponent], observed: Execution
+) -> Iterator[Stack]:
+    """Yield the modules of attention outside of units: of what attends, then of what runs and is named so."""
+    end = _end_of_blocks(components, observed)
     for call in observed.attention:
-        if _is_gated(call.stack) or (call.time > end and _is_pooling(call.stack)):
+        is_pooling_of_head = call.time > end and _is_pooling(call.stack)
+        if _is_gated(call.stack) or is_pooling_of_head:
             continue
         if not _is_covered(call.stack, components, by_name=call.queries < 2 and not call.fused):
-            yield "attention module", _owner(call.stack)
+            yield _owner(call.stack)
     for stack in _stacks(model):
         module = stack[-1][1]
-        used = module in observed.starts and _is_named_attention(module) and not _is_gated(stack)
-        if used and not _is_covered(stack, components, by_name=True):
-            yield "attention module", stack
+        attends = module in observed.starts and _is_named_attention(module) and not _is_gated(stack)
+        if attends and not _is_covered(stack, components, by_name=True):
+            yield stack
+
+
+def _uncovered_layers(
+    model: nn.Module, components: Sequence[ModelComponent], observed: Execution
+) -> Iterator[tuple[str, Stack]]:
+    """Yield a description and the modules of MLPs and of layers on tokens outside of blocks."""
+    blocks, end = residual_blocks(components), _end_of_blocks(components, observed)
+    # a network without residual blocks has no MLP before the last of its components
     last = end or max((observed.starts.get(piece.block, 0) for piece in components), default=0)
     for stack in _stacks(model):
-        if observed.ends.get(stack[-1][1], last) < last and _is_named_mlp(stack) and not _in_block(stack, blocks):
+        ends_before = observed.ends.get(stack[-1][1], last) < last
+        if ends_before and _is_named_mlp(stack) and not _in_block(stack, blocks):
             yield "MLP", stack
     for stack, _ in observed.pointwise:
         if not _is_gated(stack) and not _in_block(stack, blocks):
@@ -163,6 +182,11 @@ def _uncovered(
     for stack, time in observed.token_layers:
         if time > end and not _is_gated(stack) and not _is_pooling(stack) and not _in_block(stack, blocks):
             yield "linear layer on tokens after the last unit", stack
+
+
+def _end_of_blocks(components: Sequence[ModelComponent], observed: Execution) -> int:
+    """Return the time at which the last residual block has ended; 0 for a plain network."""
+    return max((observed.ends.get(block, 0) for block in residual_blocks(components)), default=0)
 
 
 def _is_covered(stack: Stack, components: Sequence[ModelComponent], by_name: bool) -> bool:
@@ -192,7 +216,7 @@ def _in_block(stack: Stack, blocks: Sequence[nn.Module]) -> bool:
 
 
 def _is_gated(stack: Stack) -> bool:
-    return any(is_gate(module) or type(module).__name__.lower() == "globalcontext" for _, module in stack)
+    return any(gates_channels(module) for _, module in stack)
 
 
 def _is_pooling(stack: Stack) -> bool:

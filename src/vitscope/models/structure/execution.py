@@ -14,11 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.structure.pointwise import PointwiseBranches
+from vitscope.runtime.torch_internals import HigherOrderOperator
 
 #: products of two tensors, which mix positions by what is in the image where both depend on it
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"})
 #: attention as one call
-_ATTENTION = frozenset({
+FUSED_ATTENTION = frozenset({
     "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
     "_transformer_encoder_layer_fwd",
 })  # fmt: skip
@@ -26,6 +27,8 @@ _ATTENTION = frozenset({
 _MERGES = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__", "cat", "concat", "concatenate"})
 _SUMS = _MERGES - {"cat", "concat", "concatenate"}
 Stack = tuple[tuple[str, nn.Module], ...]
+
+_REQUIRED = object()
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class _Recorder(TorchFunctionMode):
 
     def _note(self, func: Any, varying: list[Tensor], tensors: list[Tensor], result: Tensor) -> None:
         name = getattr(func, "__name__", "")
-        fused = name in _ATTENTION
+        fused = name in FUSED_ATTENTION
         is_product = name in _PRODUCTS and len(varying) > 1
         weighed = any(tensor in self.weights for tensor in varying)
         if fused or (is_product and weighed):
@@ -216,6 +219,45 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(entry)
     elif names := getattr(type(value), "__dataclass_fields__", None):
         yield from tensors(tuple(getattr(value, name, None) for name in names))
+
+
+def is_foreign(func: Any) -> bool:
+    """Whether a function is an operator that an extension has registered, of which nothing is known."""
+    if isinstance(func, HigherOrderOperator):
+        return True
+    name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
+    if not isinstance(name, str) or "::" not in name:
+        return False
+    return name.split("::")[0] not in ("aten", "prim", "prims", "torchvision")
+
+
+def function_name(func: Any) -> str:
+    """Return the name of a function as it is called; of an attribute that is a tensor, such as ``x.mT``, the attribute's."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str, default: Any = _REQUIRED) -> Any:
+    """Return an argument of a call by its position or its name.
+
+    Args:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        place: Position of the argument in the function's signature.
+        name: Name of the argument.
+        default: Value where the call does not give it.
+
+    Raises:
+        TypeError: The call does not give it and there is no default.
+    """
+    if len(args) > place:
+        return args[place]
+    value = kwargs.get(name, default)
+    if value is _REQUIRED:
+        raise TypeError(f"no argument {name}")
+    return value
 
 
 def _leaves(ends: Sequence[Any], names: dict[int, str]) -> set[str]:

@@ -284,6 +284,11 @@ def is_gate(module: nn.Module) -> bool:
     return "squeezeexcit" in name or name in ("semodule", "selayer", "seblock", "se")
 
 
+def gates_channels(module: nn.Module) -> bool:
+    """Return whether a module is squeeze and excitation or timm's global context, which weighs channels likewise."""
+    return is_gate(module) or type(module).__name__.lower() == "globalcontext"
+
+
 def in_auxiliary_head(model: nn.Module, name: str) -> bool:
     """Return whether a parameter belongs to a classifier that runs in training alone, by the class names of GoogLeNet's."""
     words = name.split(".")[:-1]

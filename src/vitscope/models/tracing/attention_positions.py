@@ -12,10 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vitscope.core.batches.batch_inputs import BatchInputs, Inputs, images_of, joined
 from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.structure.attention_weights import PRODUCTS, AttentionCall, reading_calls
-from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.execution import function_name, tensors
 from vitscope.models.tracing.position_recorder import PositionRecorder, constant_positions
 from vitscope.models.tracing.positions import Positions, expanded, is_same_along, result_positions
-from vitscope.models.tracing.recorder import function_name
 
 
 class AttentionPositions(NamedTuple):

@@ -25,7 +25,6 @@ class Node:
         stack: Indices in `Trace.calls` of the modules that were running, outermost first; the model itself is call 0.
         axes: Meaning of the tensor's axes.
         weight: Shape of the weight, for convolutions and linear layers.
-        groups: Groups of a convolution.
         axis: Meaning of the axis that a linear layer mixes or a reduction removes: ``C`` for channels, ``?`` if not known.
         attention: 0, or the number of queries where the function is attention (or its product with the values).
         fused: Whether it is attention as one call.
@@ -47,7 +46,6 @@ class Node:
     stack: tuple[int, ...]
     axes: Axes
     weight: tuple[int, ...] = ()
-    groups: int = 1
     axis: str = "?"
     attention: int = 0
     fused: bool = False

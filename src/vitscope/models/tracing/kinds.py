@@ -20,15 +20,18 @@ from other positions. A layer on patches (``unfold``) is a kernel. `doubt_about`
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from math import prod
+from typing import NamedTuple
 
 from vitscope.core.tap import Kind
-from vitscope.models.structure.residual_structure import is_gate
+from vitscope.models.structure.residual_structure import gates_channels
 from vitscope.models.tracing.additions import ACTIVATIONS, ADDITIONS, is_nonlinear, is_norm
 from vitscope.models.tracing.graph import Node, Trace
 
 _PRODUCTS = frozenset({"mul", "__mul__", "__rmul__", "mul_", "__imul__"})
 _MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "mm"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+_FOURIER = ("fft", "rfft", "ifft", "irfft")
 #: functions that show patches of a map to a layer, as a kernel does
 _PATCHES = frozenset({"unfold", "im2col"})
 #: functions that bring values of other positions to a position
@@ -40,23 +43,22 @@ _MOVES = _PATCHES | {
 def kind_of(trace: Trace, region: Collection[int]) -> Kind | None:
     """Return the kind of the nodes of a branch or module; None where they mix neither positions nor channels."""
     nodes = [trace.nodes[i] for i in sorted(region) if not in_gate(trace, trace.nodes[i])]
+    has_kernel = any(is_spatial(trace, node) or node.op.startswith(_FOURIER) for node in nodes)
+    # attention of several queries; in a part without a kernel, also that of one query and sums over positions
     if any(is_attention(node) or _weighs_moved(trace, node, region) for node in nodes):
         return "msa"
-    kernels = [
-        node for node in nodes if is_spatial(trace, node) or node.op.startswith(("fft", "rfft", "ifft", "irfft"))
-    ]
-    if not kernels and any(node.attention or weighs_positions(trace, node) for node in nodes):
+    if not has_kernel and any(node.attention or weighs_positions(trace, node) for node in nodes):
         return "msa"
-    if kernels or any(node.op in _PATCHES and node.varying for node in nodes):
+    varying = [node for node in nodes if node.varying]
+    if has_kernel or any(node.op in _PATCHES for node in varying):
         return "conv"
-    pools = any("pool" in node.op and node.shape[-2:] != (1, 1) for node in nodes if node.varying)
-    mixers = [node for node in nodes if node.varying and (_is_layer(node) or node.op in _RECURRENT)]
+    mixers = [node for node in varying if _is_layer(node) or node.op in _RECURRENT]
     if mixers:
         is_linear = not any(is_nonlinear(trace, node.index) for node in nodes)
         return "conv" if is_linear and all(node.op.startswith("conv") for node in mixers) else "mlp"
-    if pools or any(node.op == "roll" for node in nodes):
+    if any("pool" in node.op and node.shape[-2:] != (1, 1) for node in varying):
         return "pool"
-    return None
+    return "pool" if any(node.op == "roll" for node in nodes) else None
 
 
 def doubt_about(trace: Trace, region: Collection[int]) -> str | None:
@@ -133,6 +135,18 @@ def _before(trace: Trace, node: Node, members: set[int]) -> set[int]:
     return reached
 
 
+class _SinceLayers(NamedTuple):
+    """What lies between the last layers of a branch with attention and a value that is made of their results.
+
+    Attributes:
+        follows_attention: Whether one of these layers comes after the attention.
+        is_activated: Whether an activation has run since.
+    """
+
+    follows_attention: bool
+    is_activated: bool
+
+
 def holds_mlp(trace: Trace, region: Collection[int]) -> bool:
     """Whether a branch with attention holds an MLP too: two layers around an activation that make no queries, keys or values.
 
@@ -141,24 +155,30 @@ def holds_mlp(trace: Trace, region: Collection[int]) -> bool:
     attention = [i for i in region if trace.nodes[i].attention or weighs_positions(trace, trace.nodes[i])]
     after = {i for i in region if i in attention or any(trace.is_ancestor(k, i) for k in attention)}
     before = {i for i in region if any(trace.is_ancestor(i, k) for k in attention)}
-    behind: dict[
-        int, tuple[bool, bool]
-    ] = {}  # nodes behind a layer: whether one behind attention, and an activation since
+    since_layers: dict[int, _SinceLayers] = {}  # by node; none before the first layer
     for index in sorted(region):
         node = trace.nodes[index]
         if not node.varying or index in attention or in_gate(trace, node):
             continue
-        states = [behind[i] for i in node.inputs if i in behind]
-        joins = node.op in _PRODUCTS or node.op in ADDITIONS
-        meets_attention = joins and len({i in after for i in node.inputs if trace.nodes[i].varying}) > 1
+        operands = [since_layers[i] for i in node.inputs if i in since_layers]
         if _is_layer(node):
-            if any(active and (inside or index not in before) for inside, active in states):
+            # before the attention, a layer behind an activation may make queries, keys or values
+            if any(x.is_activated and (x.follows_attention or index not in before) for x in operands):
                 return True
-            behind[index] = index in after, False
-        elif states and not meets_attention:
-            active = node.op in ACTIVATIONS or node.op == "glu"
-            behind[index] = any(inside for inside, _ in states), active or any(active for _, active in states)
+            since_layers[index] = _SinceLayers(index in after, is_activated=False)
+        elif operands and not _meets_attention(trace, node, after):
+            is_activation = node.op in ACTIVATIONS or node.op == "glu"
+            since_layers[index] = _SinceLayers(
+                follows_attention=any(x.follows_attention for x in operands),
+                is_activated=is_activation or any(x.is_activated for x in operands),
+            )
     return False
+
+
+def _meets_attention(trace: Trace, node: Node, after: Collection[int]) -> bool:
+    """Whether a function adds or multiplies a value that comes after the attention and another one, as a gate does."""
+    sides = {i in after for i in node.inputs if trace.nodes[i].varying}
+    return (node.op in _PRODUCTS or node.op in ADDITIONS) and len(sides) > 1
 
 
 def _weighs_moved(trace: Trace, node: Node, region: Collection[int]) -> bool:
@@ -229,13 +249,8 @@ def is_spatial(trace: Trace, node: Node) -> bool:
     """Whether a convolution covers more than one position of a map."""
     if not node.op.startswith("conv") or not node.varying:
         return False
-    kernel = 1
-    for side in node.weight[2:]:
-        kernel *= side
-    if kernel == 1 and node.op.startswith("conv"):
-        return False
     is_channel_filter = node.op == "conv1d" and node.weight[:2] == (1, 1)  # a gate over channels
-    return not is_channel_filter
+    return prod(node.weight[2:]) != 1 and not is_channel_filter  # (out, in, *kernel)
 
 
 def is_inverted_bottleneck(trace: Trace, region: Collection[int]) -> bool:
@@ -258,12 +273,10 @@ def mixes_channels(trace: Trace, region: Collection[int]) -> bool:
 
 def in_gate(trace: Trace, node: Node) -> bool:
     """Whether a function runs in squeeze and excitation or another gate of channels."""
-    return any(is_gate(module) or type(module).__name__.lower() == "globalcontext" for module in trace.modules(node))
+    return any(gates_channels(module) for module in trace.modules(node))
 
 
 def _is_layer(node: Node) -> bool:
-    return (
-        node.op == "linear"
-        or node.op.startswith("conv")
-        or (node.op in ("matmul", "__matmul__", "einsum") and bool(node.parameters))
-    )
+    if node.op in ("matmul", "__matmul__", "einsum"):
+        return bool(node.parameters)
+    return node.op == "linear" or node.op.startswith("conv")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.execution import function_name, tensors
 from vitscope.models.tracing.positions import (
     CONSTANT,
     Positions,
@@ -20,7 +20,6 @@ from vitscope.models.tracing.positions import (
     map_positions,
     result_positions,
 )
-from vitscope.models.tracing.recorder import function_name
 
 #: functions whose results have the shape of their argument and none of its values
 _NEW = ("new_", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")

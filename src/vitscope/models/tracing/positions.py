@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitscope.models.structure.execution import tensors as tensors_of
 from vitscope.models.tracing.additions import ACTIVATIONS
 
 #: an element that was made of constants, such as a class token or padding
@@ -61,6 +62,10 @@ class Positions(NamedTuple):
     is_mean: bool = False
 
 
+#: gives the positions of a tensor; `CONSTANT` ones for constants, None where they are not known
+PositionsOf = Callable[[Tensor], Positions | None]
+
+
 def map_positions(n_images: int, height: int, width: int) -> Positions:
     """Return the positions of a whole map ``(n_images, 1, height, width)``."""
     rows = (torch.arange(height, dtype=torch.float64) + 0.5) / height
@@ -89,7 +94,7 @@ def result_positions(
     func: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    positions_of: Callable[[Tensor], Positions | None],
+    positions_of: PositionsOf,
     results: Sequence[Tensor],
 ) -> list[Positions | None]:
     """Return the positions of each tensor that a function returned; None where they are not known.
@@ -99,38 +104,47 @@ def result_positions(
         func: The function.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        positions_of: Gives the positions of a tensor; `CONSTANT` ones for constants, None where they are not known.
+        positions_of: Gives the positions of its arguments.
         results: Tensors that it returned.
     """
-    unknown: list[Positions | None] = [None for _ in results]
-    if op in _REARRANGEMENTS:
-        return _rearranged(func, args, kwargs, positions_of, results) or unknown
-    if op == "pad":
-        padded = {**kwargs, "value": CONSTANT} if kwargs.get("mode", "constant") == "constant" else kwargs
-        return _rearranged(func, args[:2], padded, positions_of, results) or unknown if len(args) < 3 else unknown
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    x = positions_of(first) if first is not None else None
-    if op in _SAME:
-        source = args[1] if op == "copy_" else first
-        same = positions_of(source) if isinstance(source, Tensor) else None
-        return [same if same is not None and same.rows.shape == results[0].shape else None, *unknown[1:]]
+    if op == "pad" and kwargs.get("mode", "constant") == "constant":
+        kwargs = {**kwargs, "value": CONSTANT}
+    if op == "pad" and len(args) > 2:  # its mode and value by position
+        positions = []
+    elif op in _REARRANGEMENTS or op == "pad":
+        positions = _rearranged(func, args, kwargs, positions_of, results)
+    else:
+        positions = [_computed(op, args, kwargs, positions_of, results[0].shape)]
+    # only the first result of a function that computes values is followed
+    return [*positions, *(None for _ in results[len(positions) :])]
+
+
+def _computed(
+    op: str, args: Sequence[Any], kwargs: Mapping[str, Any], positions_of: PositionsOf, shape: torch.Size
+) -> Positions | None:
+    """Return the positions of the first result, which has a shape, of a function that computes values."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if op in _ELEMENTWISE:
-        operands = [first] if op.endswith(("norm", "forward")) else [*args, *kwargs.values()]
-        tensors = [a for a in operands if isinstance(a, Tensor)]
-        return [_combined([(t.shape, positions_of(t)) for t in tensors], results[0].shape), *unknown[1:]]
+        # the other tensors of norms and attention are weights and keys
+        operands = tensors[:1] if op.endswith(("norm", "forward")) else tensors
+        return _combined([(tensor.shape, positions_of(tensor)) for tensor in operands], shape)
+    source = args[1] if op == "copy_" else next(iter(tensors), None)
+    x = positions_of(source) if isinstance(source, Tensor) else None
     if x is None:
-        return unknown
+        return None
+    if op in _SAME:
+        return x if x.rows.shape == shape else None
     if op in ("view_as_complex", "view_as_real"):
-        return [_over_parts(x, results[0].shape), *unknown[1:]]
+        return _over_parts(x, shape)
     if op in _REDUCTIONS:
-        return [_reduced(x, args, kwargs, results[0].shape), *unknown[1:]]
+        return _reduced(x, args, kwargs, shape)
     if any(word in op for word in _MAP_FUNCTIONS) or op in ("boolean_dispatch", "fn"):
-        return [_next_map(x, results[0].shape), *unknown[1:]]
+        return _next_map(x, shape)
     if op in ("linear", "scaled_dot_product_attention"):
-        return [_over_channels(x, results[0].shape, op == "linear"), *unknown[1:]]
+        return _over_channels(x, shape, op == "linear")
     if op in ("matmul", "__matmul__", "bmm"):
-        return [_product(x, args, positions_of, results[0].shape), *unknown[1:]]
-    return unknown
+        return _product(x, args, positions_of, shape)
+    return None
 
 
 def is_constant(positions: Positions) -> bool:
@@ -151,44 +165,54 @@ def _rearranged(
     func: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    positions_of: Callable[[Tensor], Positions | None],
+    positions_of: PositionsOf,
     results: Sequence[Tensor],
-) -> list[Positions | None] | None:
-    """Apply the function to the positions of its floating-point arguments; indices must not depend on the images."""
-
-    def replaced(value: Any, side: int) -> Any:
-        if isinstance(value, Tensor):
-            positions = positions_of(value)
-            if positions is None:
-                raise LookupError
-            if not value.is_floating_point() and not value.is_complex():
-                if not is_constant(positions):
-                    raise LookupError
-                return value.cpu()
-            nonlocal is_mean
-            is_mean = is_mean or positions.is_mean
-            values = positions.columns if side else positions.rows
-            return values.clone() if func is Tensor.__setitem__ else values
-        if isinstance(value, tuple | list):
-            return type(value)([replaced(entry, side) for entry in value])
-        return value
-
-    sides: list[list[Tensor]] = []
-    is_mean = False
-    if func is Tensor.view:  # positions are not in memory as the values are
-        func = Tensor.reshape
+) -> list[Positions | None]:
+    """Apply the function to the positions of its floating-point arguments; return none where that is not possible."""
     try:
-        for side in (0, 1):
-            arguments = replaced(tuple(args), side)
-            options = {key: replaced(value, side) for key, value in kwargs.items()}
-            output = func(*arguments, **options)
-            value = arguments[0] if func is Tensor.__setitem__ else output
-            sides.append([value] if isinstance(value, Tensor) else list(value))
+        rows, columns = (
+            _applied(func, *_with_positions((tuple(args), dict(kwargs)), positions_of, side))
+            for side in ("rows", "columns")
+        )
     except (LookupError, RuntimeError, TypeError, ValueError):
-        return None
-    if [t.shape for t in sides[0]] != [t.shape for t in results]:
-        return None
-    return [Positions(rows, columns, is_mean) for rows, columns in zip(*sides)]
+        return []
+    if [side.shape for side in rows] != [result.shape for result in results]:
+        return []
+    moved = [positions_of(t) for t in tensors_of((args, kwargs)) if t.is_floating_point() or t.is_complex()]
+    is_mean = any(positions is not None and positions.is_mean for positions in moved)
+    return [Positions(*sides, is_mean) for sides in zip(rows, columns)]
+
+
+def _with_positions(value: Any, positions_of: PositionsOf, side: str) -> Any:
+    """Return arguments with ``rows`` or ``columns`` of positions, the ``side``, in place of their floating-point tensors.
+
+    Raises:
+        LookupError: A tensor without known positions, or indices that depend on the images.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)([_with_positions(entry, positions_of, side) for entry in value])
+    if isinstance(value, dict):
+        return {key: _with_positions(entry, positions_of, side) for key, entry in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    positions = positions_of(value)
+    if positions is None:
+        raise LookupError
+    if value.is_floating_point() or value.is_complex():
+        return getattr(positions, side)
+    if not is_constant(positions):
+        raise LookupError
+    return value.cpu()
+
+
+def _applied(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a function makes of positions; these are not in memory as the values are, and are not changed."""
+    if func is Tensor.__setitem__:
+        target = args[0].clone()
+        func(target, *args[1:])
+        return [target]
+    output = (Tensor.reshape if func is Tensor.view else func)(*args, **kwargs)
+    return [output] if isinstance(output, Tensor) else list(output)
 
 
 def _over_parts(x: Positions, shape: torch.Size) -> Positions | None:
@@ -205,22 +229,24 @@ def _combined(operands: Sequence[tuple[torch.Size, Positions | None]], shape: to
 
     They are not known where an argument's are not and all others are constants.
     """
-    candidates = [positions for size, positions in operands if size == shape and positions is not None]
-    candidates = [positions for positions in candidates if not is_constant(positions)]
-    is_unknown = any(positions is None for _, positions in operands)
-    if is_unknown and not any(p is not None and not is_constant(p) for _, p in operands):
+    followed = [(size, positions) for size, positions in operands if positions is not None]
+    varying = [(size, positions) for size, positions in followed if not is_constant(positions)]
+    if len(followed) < len(operands) and not varying:
         return None
+    candidates = [positions for size, positions in varying if size == shape]
     candidates = [positions for positions in candidates if not positions.is_mean] or candidates
     if not candidates:
-        candidates = [expanded(p, shape) for size, p in operands if size != shape and p is not None]
-    result: Positions | None = None
-    for p in candidates:
-        merged = (_merged(result.rows, p.rows), _merged(result.columns, p.columns)) if result is not None else p[:2]
-        result = Positions(*merged, p.is_mean)
+        candidates = [expanded(positions, shape) for size, positions in followed if size != shape]
+    if not candidates:
+        return None
+    result = candidates[0]
+    for other in candidates[1:]:
+        result = Positions(_merged(result.rows, other.rows), _merged(result.columns, other.columns), other.is_mean)
     return result
 
 
 def _merged(a: Tensor, b: Tensor) -> Tensor:
+    """Return one side of positions where both agree or one alone is known, else `MIXED`; a constant says nothing."""
     shape, mixed = a.shape, torch.full((), MIXED, dtype=a.dtype)
     a, b = _distinct(a, b)
     equal = torch.isclose(a, b, rtol=0, atol=1e-6, equal_nan=True)
@@ -263,9 +289,7 @@ def _over_channels(x: Positions, shape: torch.Size, mixes: bool) -> Positions | 
     return expanded(Positions(rows[..., None], columns[..., None], True), shape)
 
 
-def _product(
-    x: Positions, args: Sequence[Any], positions_of: Callable[[Tensor], Positions | None], shape: torch.Size
-) -> Positions | None:
+def _product(x: Positions, args: Sequence[Any], positions_of: PositionsOf, shape: torch.Size) -> Positions | None:
     """Return the positions of a matrix product.
 
     A matrix of weights acts as a linear layer. Of two factors that depend on the images, the first one gives the positions of
@@ -282,11 +306,14 @@ def _product(
 
 def is_same_along(x: Positions, axis: int) -> bool:
     """Whether all elements along an axis have one position."""
-    return all(
-        side.stride(axis) == 0
-        or bool(torch.isclose(distinct, distinct.narrow(axis, 0, 1), rtol=0, atol=1e-6, equal_nan=True).all())
-        for side, distinct in ((side, _distinct(side)[0]) for side in x[:2])
-    )
+    for side in (x.rows, x.columns):
+        if side.stride(axis) == 0:
+            continue
+        distinct = _distinct(side)[0]
+        first = distinct.narrow(axis, 0, 1)
+        if not torch.isclose(distinct, first, rtol=0, atol=1e-6, equal_nan=True).all():
+            return False
+    return True
 
 
 def _next_map(x: Positions, shape: torch.Size) -> Positions | None:

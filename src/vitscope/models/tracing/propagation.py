@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from vitscope.models.structure.execution import argument
 from vitscope.models.tracing import axes as ax
 from vitscope.models.tracing.axes import Axes
 
 #: functions of maps (B, C, H, W) or sequences (B, C, L), by a word of their names
 _CHANNELS_FIRST = (
-    "conv",
-    "pool",
-    "batch_norm",
-    "group_norm",
-    "instance_norm",
-    "interpolate",
-    "upsample",
-    "pixel_",
-    "grid_sample",
-)
+    "conv", "pool", "batch_norm", "group_norm", "instance_norm", "interpolate", "upsample", "pixel_", "grid_sample",
+)  # fmt: skip
 _CHANNELS_LAST = ("layer_norm", "rms_norm")
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"})
-_PERMUTATIONS = frozenset(
-    {"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH"}
-)
+_PERMUTATIONS = frozenset({
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "T", "mT", "H", "mH",
+})  # fmt: skip
 _PIECES = frozenset({"chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split"})
 #: functions after which positions may stand in another order
 _REORDERINGS = frozenset({
@@ -35,99 +29,132 @@ _REORDERINGS = frozenset({
 })  # fmt: skip
 _JOINS = frozenset({"cat", "concat", "concatenate"})
 _REDUCTIONS = frozenset({"sum", "mean", "amax", "amin", "max", "min"})
+#: functions that add, remove or cut one axis
+_RESIZES = frozenset({"unsqueeze", "squeeze", "expand", "select", "unbind", "narrow"})
+#: products of two matrices: rows of the first one, columns of the second
+_MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm"})
+#: products that sum over axes of which nothing is known here
+_OTHER_PRODUCTS = frozenset({
+    "tensordot", "inner", "linear", "bilinear", "linalg_vecdot", "linalg_multi_dot", "chain_matmul", "mv",
+})  # fmt: skip
 
 
-def result_axes(
-    op: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    operands: Sequence[tuple[Tensor, Axes]],
-    results: Sequence[Tensor],
-) -> list[Axes]:
-    """Return the axes of each tensor that a function returned.
+@dataclass(frozen=True)
+class FunctionCall:
+    """One call of a function.
 
-    Args:
+    Attributes:
         op: The function's name.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        operands: Its tensor arguments that are no parameters, with their axes.
+        operands: Its tensor arguments that are no parameters, with their axes; those that depend on the images first.
         results: Tensors that it returned.
     """
-    if not operands:
-        return [ax.unknown(r.ndim) for r in results]
-    x, axes = operands[0]
-    if op in _PIECES:
-        dim = _argument(args, kwargs, 2, "dim", 0)
-        return ax.pieces(axes, [r.shape for r in results], dim) if isinstance(dim, int) else [axes for _ in results]
-    result = results[0]
-    if op in _JOINS:
-        dim = _argument(args, kwargs, 1, "dim", 0)
-        first = args[0] if args else kwargs.get("tensors", ())
-        axes_of = {id(t): a for t, a in operands}
-        parts = [(axes_of.get(id(t), ax.unknown(t.ndim)), t.shape) for t in first]
-        return [ax.joined(parts, dim)]
-    if op == "stack":
-        dim = _argument(args, kwargs, 1, "dim", 0) % result.ndim
-        return [Axes(axes.names[:dim] + "?" + axes.names[dim:], axes.grid, axes.n_prefix)]
-    if op == "einsum":
-        return [_einsum_axes(args, operands, result)]
-    single = _single(op, args, kwargs, x, axes, operands, result)
-    return [single if len(single.names) == r.ndim else ax.unknown(r.ndim) for r in results]
+
+    op: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    operands: Sequence[tuple[Tensor, Axes]]
+    results: Sequence[Tensor]
+
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its position or its name."""
+        return argument(self.args, self.kwargs, place, name, default)
+
+    def axes_of(self, tensor: Tensor) -> Axes:
+        """Return the axes of an argument; unknown ones for a parameter."""
+        return next((axes for operand, axes in self.operands if operand is tensor), ax.unknown(tensor.ndim))
 
 
-def _single(
-    op: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    x: Tensor,
-    axes: Axes,
-    operands: Sequence[tuple[Tensor, Axes]],
-    result: Tensor,
-) -> Axes:
+def result_axes(call: FunctionCall) -> list[Axes]:
+    """Return the axes of each tensor that a function returned."""
+    if not call.operands:
+        return [ax.unknown(result.ndim) for result in call.results]
+    if call.op in _PIECES:
+        return _axes_of_pieces(call)
+    if call.op in _JOINS:
+        return [_joined(call)]
+    if call.op == "stack":
+        return [_stacked(call)]
+    if call.op == "einsum":
+        return [_einsum_axes(call)]
+    axes = _common_axes(call)
+    return [axes if len(axes.names) == result.ndim else ax.unknown(result.ndim) for result in call.results]
+
+
+def _common_axes(call: FunctionCall) -> Axes:
+    """Return the axes of all results of a function that neither cuts nor joins tensors."""
+    op, (x, axes), result = call.op, call.operands[0], call.results[0]
+    # functions that rearrange
     if op in _REORDERINGS:
         return ax.unknown(result.ndim)
     if op in _RESHAPES:
         return ax.reshaped(axes, x.shape, result.shape)
     if op in _PERMUTATIONS:
-        order = _order(op, args, kwargs, x.ndim)
-        return ax.permuted(axes, order) if order is not None else ax.unknown(result.ndim)
+        return ax.permuted(axes, ax.axis_order(op, call.args, call.kwargs, x.ndim))
     if op == "__getitem__":
-        return ax.indexed(axes, x.shape, args[1])
-    if op in ("unsqueeze", "squeeze", "expand", "select", "unbind", "narrow"):
-        return _resized(op, args, kwargs, x, axes, result)
+        return ax.indexed(axes, x.shape, call.args[1])
+    if op in _RESIZES:
+        return _resized(call)
+    if op in ("pad", "roll"):
+        return axes
+    # layers, norms and pooling
     if op == "linear":
-        return _linear_axes(axes, result)
+        return ax.channels_last(axes) if len(axes.names) == result.ndim else ax.unknown(result.ndim)
     if any(word in op for word in _CHANNELS_FIRST):
-        return _spatial_axes(axes, result)
+        return ax.channels_first(result.shape) if result.ndim == 4 else axes
     if any(word in op for word in _CHANNELS_LAST):
         return ax.channels_last(axes)
+    # reductions, and functions along an axis that they keep
     if op in _REDUCTIONS and result.ndim < x.ndim:
-        return _reduced(args, kwargs, axes, result)
-    if op in (*_REDUCTIONS, "softmax", "normalize", "pad", "roll"):
-        return axes if result.shape == x.shape or op in ("pad", "roll") else ax.unknown(result.ndim)
-    if op in ("matmul", "__matmul__", "bmm") and len(operands) == 2 and x is args[0]:
-        return ax.multiplied(axes, operands[1][1])
-    if op == "scaled_dot_product_attention" and len(operands) >= 3 and x is args[0]:
-        return ax.multiplied(axes, operands[2][1])
-    # elementwise functions: the argument with the shape of the result that tells most
-    candidates = [a for t, a in operands if t.shape == result.shape]
-    is_product = "matmul" in op or op in ("bmm", "einsum", "baddbmm", "scaled_dot_product_attention")
-    if not candidates or (is_product and len(operands) > 1):
-        return ax.unknown(result.ndim)
-    return max(candidates, key=lambda a: len(a.names) - a.names.count("?"))
+        return _reduced(call)
+    if op in _REDUCTIONS or op in ("softmax", "normalize"):
+        return axes if result.shape == x.shape else ax.unknown(result.ndim)
+    is_product = "matmul" in op or op in ("bmm", "baddbmm", "scaled_dot_product_attention")
+    if is_product and len(call.operands) > 1:
+        return _multiplied(call)
+    return _elementwise_axes(call)
 
 
-def _spatial_axes(axes: Axes, result: Tensor) -> Axes:
-    return ax.channels_first(result.shape) if result.ndim == 4 else axes
+def _axes_of_pieces(call: FunctionCall) -> list[Axes]:
+    axes, dim = call.operands[0][1], call.argument(2, "dim", 0)
+    if not isinstance(dim, int):
+        return [axes for _ in call.results]
+    return ax.pieces(axes, [piece.shape for piece in call.results], dim)
 
 
-def _linear_axes(axes: Axes, result: Tensor) -> Axes:
-    return ax.channels_last(axes) if len(axes.names) == result.ndim else ax.unknown(result.ndim)
+def _joined(call: FunctionCall) -> Axes:
+    parts = [(call.axes_of(tensor), tensor.shape) for tensor in call.argument(0, "tensors", ())]
+    return ax.joined(parts, call.argument(1, "dim", 0))
 
 
-def _resized(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, axes: Axes, result: Tensor) -> Axes:
+def _stacked(call: FunctionCall) -> Axes:
+    axes, dim = call.operands[0][1], call.argument(1, "dim", 0) % call.results[0].ndim
+    return Axes(axes.names[:dim] + "?" + axes.names[dim:], axes.grid, axes.n_prefix)
+
+
+def _multiplied(call: FunctionCall) -> Axes:
+    """Return the axes of a product of values whose first factor is the function's first argument."""
+    x, axes = call.operands[0]
+    if x is call.args[0]:
+        if call.op in _MATRIX_PRODUCTS and len(call.operands) == 2:
+            return ax.multiplied(axes, call.operands[1][1])
+        if call.op == "scaled_dot_product_attention" and len(call.operands) >= 3:
+            return ax.multiplied(axes, call.operands[2][1])  # positions of the queries, channels of the values
+    return ax.unknown(call.results[0].ndim)
+
+
+def _elementwise_axes(call: FunctionCall) -> Axes:
+    """Return the axes of the argument with the shape of the result of whose axes most are known."""
+    result = call.results[0]
+    candidates = [axes for tensor, axes in call.operands if tensor.shape == result.shape]
+    return max(candidates, key=lambda axes: axes.n_known, default=ax.unknown(result.ndim))
+
+
+def _resized(call: FunctionCall) -> Axes:
     """Return the axes of functions that add, remove or cut one axis."""
-    dim = _argument(args, kwargs, 1, "dim", None)
+    op, (x, axes), result = call.op, call.operands[0], call.results[0]
+    dim = call.argument(1, "dim")
     if op == "expand" and result.ndim == x.ndim:
         return axes
     if op == "unsqueeze" and isinstance(dim, int):
@@ -135,20 +162,19 @@ def _resized(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor,
         return Axes(axes.names[:dim] + "?" + axes.names[dim:], axes.grid, axes.n_prefix)
     if result.ndim == x.ndim - 1 and isinstance(dim, int):  # squeeze, select, unbind
         dim %= x.ndim
-        names = axes.names[:dim] + axes.names[dim + 1 :]
-        return Axes(names, axes.grid if "L" in names else None, axes.n_prefix if "L" in names else 0)
+        return axes.renamed(axes.names[:dim] + axes.names[dim + 1 :])
     return axes if result.shape == x.shape else ax.unknown(result.ndim)
 
 
-def _reduced(args: Sequence[Any], kwargs: Mapping[str, Any], axes: Axes, result: Tensor) -> Axes:
+def _reduced(call: FunctionCall) -> Axes:
     """Return the axes that a reduction leaves."""
-    dims = _argument(args, kwargs, 1, "dim", kwargs.get("axis"))
+    axes = call.operands[0][1]
+    dims = call.argument(1, "dim", call.kwargs.get("axis"))
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(dims, tuple | list) or not all(isinstance(d, int) for d in dims):
-        return ax.unknown(result.ndim)
+        return ax.unknown(call.results[0].ndim)
     removed = {d % len(axes.names) for d in dims}
-    names = "".join(name for i, name in enumerate(axes.names) if i not in removed)
-    return Axes(names, axes.grid, axes.n_prefix) if "L" in names else Axes(names)
+    return axes.renamed("".join(name for i, name in enumerate(axes.names) if i not in removed))
 
 
 def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str] | None:
@@ -160,47 +186,54 @@ def einsum_terms(args: Sequence[Any]) -> tuple[list[str], str] | None:
     return terms.split(","), result
 
 
-def _einsum_axes(args: Sequence[Any], operands: Sequence[tuple[Tensor, Axes]], result: Tensor) -> Axes:
+def _einsum_axes(call: FunctionCall) -> Axes:
+    """Return the axes of the result of an equation: a letter means what it means in the first operand that knows it."""
+    args = call.args
     terms = einsum_terms(args)
     if terms is None:
-        return ax.unknown(result.ndim)
+        return ax.unknown(call.results[0].ndim)
+    operand_letters, result_letters = terms
     values = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
-    axes_of = {id(t): a for t, a in operands}
-    meaning: dict[str, str] = {}
-    grid, n_prefix = None, 0
-    for letters, tensor in zip(terms[0], values):
-        axes = axes_of.get(id(tensor), ax.unknown(len(letters)))
+    name_of: dict[str, str] = {}
+    tokens: Axes | None = None  # of the first operand whose tokens have a known grid
+    for letters, tensor in zip(operand_letters, values):
+        axes = call.axes_of(tensor)
         for letter, name in zip(letters, axes.names):
-            if meaning.get(letter, "?") == "?":
-                meaning[letter] = name
-        if "L" in axes.names and grid is None:
-            grid, n_prefix = axes.grid, axes.n_prefix
-    names = "".join(meaning.get(letter, "?") for letter in terms[1])
-    return Axes(names, grid, n_prefix) if names.count("L") == 1 else Axes(names.replace("L", "?"))
+            if name_of.get(letter, "?") == "?":
+                name_of[letter] = name
+        if "L" in axes.names and (tokens is None or tokens.grid is None):
+            tokens = axes
+    names = "".join(name_of.get(letter, "?") for letter in result_letters)
+    if tokens is None or names.count("L") != 1:
+        return Axes(names.replace("L", "?"))
+    return Axes(names, tokens.grid, tokens.n_prefix)
 
 
-def _order(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], n_axes: int) -> list[int] | None:
-    order = list(range(n_axes))
-    if op in ("t", "T", "H"):
-        return order[::-1]
-    if op in ("mT", "mH"):
-        return [*order[:-2], order[-1], order[-2]]
-    if op == "permute":
-        dims = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:] or kwargs.get("dims", ())
-        return [int(d) % n_axes for d in dims] if len(dims) == n_axes else None
-    names = (
-        ("dim0", "dim1") if op == "transpose" else ("axis0", "axis1") if op == "swapaxes" else ("source", "destination")
-    )
-    first, second = (_argument(args, kwargs, k + 1, name, None) for k, name in enumerate(names))
-    if not isinstance(first, int) or not isinstance(second, int):
-        return None
-    first, second = first % n_axes, second % n_axes
-    if op in ("movedim", "moveaxis"):
-        order.insert(second, order.pop(first))
-    else:
-        order[first], order[second] = second, first
-    return order
+def contracted_axes(op: str, args: Sequence[Any], factors: Sequence[Axes]) -> tuple[set[str], set[str]]:
+    """Return the meanings of the axes that a product of two factors sums over, and of those that both have in the result.
+
+    Args:
+        op: Name of the function, a product.
+        args: Its positional arguments.
+        factors: The axes of the factors.
+    """
+    if op == "einsum":
+        return _einsum_contraction(args, factors)
+    if op in _OTHER_PRODUCTS:
+        return {"?"}, set()
+    first, second = (axes.names for axes in factors[:2])
+    # (..., n, k) times (..., k, m)
+    return {first[-1:] or "?", second[-2:-1] or "?"}, set(first[:-2]) & set(second[:-2])
 
 
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str, default: Any) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name, default)
+def _einsum_contraction(args: Sequence[Any], factors: Sequence[Axes]) -> tuple[set[str], set[str]]:
+    """Return the meanings of the letters that an equation sums over, and of those that it keeps."""
+    terms = einsum_terms(args)
+    if terms is None or len(terms[0]) != len(factors):
+        return {"?"}, set()
+    operand_letters, result_letters = terms
+    contracted, remaining = set[str](), set[str]()
+    for letters, axes in zip(operand_letters, factors):
+        for letter, name in zip(letters, axes.names):
+            (remaining if letter in result_letters else contracted).add(name)
+    return contracted, remaining

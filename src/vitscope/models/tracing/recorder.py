@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,18 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitscope.core.guard.eager_execution import unwrapped
 from vitscope.core.guard.trial_pass import first_that_runs, observing, trial_images
-from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.execution import FUSED_ATTENTION, function_name, is_foreign, tensors
 from vitscope.models.tracing.additions import DIFFERENCES, STACKED_SUM
 from vitscope.models.tracing.axes import Axes, unknown
 from vitscope.models.tracing.graph import Call, Node, Trace
-from vitscope.models.tracing.propagation import einsum_terms, result_axes
-from vitscope.runtime.torch_internals import HigherOrderOperator
+from vitscope.models.tracing.propagation import FunctionCall, contracted_axes, result_axes
 
-#: attention as one call
-FUSED_ATTENTION = frozenset({
-    "scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-})  # fmt: skip
 #: a tensor plus a product of two others
 _SUMS_WITH_PRODUCTS = frozenset({"baddbmm", "baddbmm_", "addbmm", "addbmm_", "addmm", "addmm_", "addmv", "addmv_"})
 _MATRIX_PRODUCTS = frozenset({"matmul", "__matmul__", "linalg_matmul", "bmm", "mm"})
@@ -36,6 +30,7 @@ RETURNS_ARGUMENT = frozenset({
     "contiguous", "to", "float", "half", "double", "bfloat16", "type", "type_as", "cpu", "cuda", "dropout", "dropout2d",
     "alpha_dropout", "feature_alpha_dropout", "expand", "requires_grad_", "view_as", "detach_", "broadcast_tensors",
 })  # fmt: skip
+_REDUCTIONS = frozenset({"sum", "mean", "cumsum"})
 _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
 
 
@@ -74,7 +69,7 @@ class _Recorder(TorchFunctionMode):
         self.names = {id(p): name for name, p in model.named_parameters()}
         # by tensor; an entry ends with its tensor, so that the activations of a pass are not kept
         self.node_of: MutableMapping[Tensor, int] = WeakIdKeyDictionary({images: 0})
-        # softmax and products of activations, and what is made of them without a layer; whether there is a product among them
+        # nodes made of softmax or products of activations without a layer: whether there is a product among these
         self.weighed: dict[int, bool] = {}
         self.rooted = {0}  # nodes that depend on the images or on parameters
         self.running: list[int] = []
@@ -114,11 +109,8 @@ class _Recorder(TorchFunctionMode):
         call = self.trace.calls[self.running.pop()]
         call.end = len(self.trace.nodes)
         first = next(tensors(output), None)
-        if (
-            first is not None
-            and first.grad_fn is not None
-            and (first not in self.node_of or self.node_of[first] not in self.rooted)
-        ):
+        is_recorded = first is not None and self.node_of.get(first, -1) in self.rooted
+        if first is not None and first.grad_fn is not None and not is_recorded:
             self._hidden(first, call)
         call.output = self._first_node(output)
 
@@ -135,57 +127,66 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _note(self, op: str, args: Any, kwargs: Any, results: list[Tensor], opaque: bool) -> None:
+        """Add a node for each result of a function, and note on the first one what the function does."""
         arguments = list(tensors((args, tuple(kwargs.values()))))
-        changes_in_place = op in _IN_PLACE or (op.endswith("_") and not op.endswith("__"))
-        if any(results[0] is t for t in arguments) and not changes_in_place:
-            if op in RETURNS_ARGUMENT:
-                return
-            changes_in_place = True  # relu(x, inplace=True)
+        returns_argument = any(results[0] is t for t in arguments)
+        if returns_argument and op in RETURNS_ARGUMENT and not _is_in_place(op):
+            return
         parameters = [self.names[id(t)] for t in arguments if id(t) in self.names]
         values = [t for t in arguments if id(t) not in self.names]
-        sources = [self._source(t) for t in values]
-        nodes = self.trace.nodes
-        operands = [
-            (t, nodes[s].axes if s >= 0 and len(nodes[s].shape) == t.ndim else unknown(t.ndim))
-            for t, s in zip(values, sources)
-        ]
-        operands.sort(key=lambda pair: not (self._is_varying(pair[0])))
-        inputs = [s for s in sources if s >= 0]
-        varying = any(nodes[s].varying for s in inputs)
-        try:
-            axes = result_axes(op, args, kwargs, operands, results)
-        except (TypeError, ValueError, IndexError, RuntimeError):
-            axes = [unknown(r.ndim) for r in results]
-        added = self._add(op, results, inputs, parameters, varying, axes)
-        added[0].opaque = opaque
-        added[0].scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1 or op in DIFFERENCES
+        inputs = [i for i in map(self._source, values) if i >= 0]
+        call = FunctionCall(op, args, kwargs, self._operands(values), results)
+        varying = any(self.trace.nodes[i].varying for i in inputs)
+        node = self._add(op, results, inputs, parameters, varying, _axes_of_results(call))[0]
+        node.opaque = opaque
+        node.scales = op.startswith(("addcmul", "lerp")) or kwargs.get("alpha", 1) != 1 or op in DIFFERENCES
         if op == "linear" or op.startswith("conv"):
-            self._note_layer(added[0], args, kwargs, operands)
-        elif op in ("sum", "mean", "cumsum") and operands:
-            added[0].dims = _reduced_dims(operands[0][0].ndim, args, kwargs)
-            added[0].axis = "".join(operands[0][1].names[d] for d in added[0].dims)
-            stack = nodes[inputs[0]] if len(inputs) == 1 else None
-            if op == "sum" and stack is not None and stack.op == "stack" and added[0].dims == stack.dims:
-                added[0].op, added[0].inputs = STACKED_SUM, stack.inputs
+            _note_layer(node, call)
+        elif op in _REDUCTIONS and call.operands:
+            self._note_reduction(node, call)
         elif op == "stack":
-            added[0].dims = _stacked_dims(results[0].ndim, args, kwargs)
+            node.dims = _stacked_dims(call)
         elif op in _MATRIX_PRODUCTS:
-            added[0].axis = self._axis_of_product(args)
-        self._note_attention(added[0], args, inputs)
-        if changes_in_place and (base := getattr(results[0], "_base", None)) is not None and base in self.node_of:
-            before = self.node_of[base]
-            self._add(
-                "write", (base,), [before, added[0].index], [], varying or nodes[before].varying, [nodes[before].axes]
-            )
+            node.axis = self._axis_of_product(args)
+        self._note_attention(node, args)
+        if returns_argument or _is_in_place(op):  # relu(x, inplace=True) returns its argument, too
+            self._note_write(node, results[0])
+
+    def _operands(self, values: Sequence[Tensor]) -> list[tuple[Tensor, Axes]]:
+        """Return arguments that are no parameters with their axes, those that depend on the images first."""
+        operands = []
+        for tensor in values:
+            source = self._source(tensor)
+            is_known = source >= 0 and len(self.trace.nodes[source].shape) == tensor.ndim
+            operands.append((tensor, self.trace.nodes[source].axes if is_known else unknown(tensor.ndim)))
+        return sorted(operands, key=lambda operand: not self._is_varying(operand[0]))
+
+    def _note_reduction(self, node: Node, call: FunctionCall) -> None:
+        """Take note of the axes that a sum or mean removes; the sum over a stack of tensors is an addition of them."""
+        x, axes = call.operands[0]
+        node.dims = _reduced_dims(x.ndim, call)
+        node.axis = "".join(axes.names[dim] for dim in node.dims)
+        if node.op == "sum" and len(node.inputs) == 1:
+            stack = self.trace.nodes[node.inputs[0]]
+            if stack.op == "stack" and stack.dims == node.dims:
+                node.op, node.inputs = STACKED_SUM, stack.inputs
+
+    def _note_write(self, node: Node, result: Tensor) -> None:
+        """Take note that the tensor of which a result is a view has new values where a function has changed the view."""
+        base = getattr(result, "_base", None)
+        if base is not None and base in self.node_of:
+            before = self.trace.nodes[self.node_of[base]]
+            self._add("write", (base,), [before.index, node.index], [], node.varying or before.varying, [before.axes])
 
     def _axis_of_product(self, args: Any) -> str:
         """Return the meaning of the axis over which a matrix product of activations with other values sums."""
-        factors = list(tensors(args))[:2]
-        if len(factors) < 2 or self._is_varying(factors[0]) == self._is_varying(factors[1]):
+        factors = list(tensors(args))[:2]  # (..., n, k) and (..., k, m)
+        varying = [self._is_varying(factor) for factor in factors]
+        if varying not in ([True, False], [False, True]):
             return "?"
-        first = self._is_varying(factors[0])
-        names = self.trace.nodes[self._source(factors[0 if first else 1])].axes.names
-        return (names[-1:] if first else names[-2:-1]) or "?"
+        place = varying.index(True)
+        names = self.trace.nodes[self._source(factors[place])].axes.names
+        return (names[-1:] if place == 0 else names[-2:-1]) or "?"
 
     def _add(
         self, op: str, results: Any, inputs: list[int], parameters: list[str], varying: bool, axes: list[Axes]
@@ -238,36 +239,30 @@ class _Recorder(TorchFunctionMode):
         source = self.node_of.get(tensor, -1)
         return source >= 0 and self.trace.nodes[source].varying
 
-    def _note_layer(self, node: Node, args: Any, kwargs: Any, operands: list[tuple[Tensor, Axes]]) -> None:
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if isinstance(weight, Tensor):
-            node.weight = tuple(weight.shape)
-        if node.op == "linear" and operands:
-            axes = operands[0][1]
-            node.axis = axes.names[-1] if axes.names else "?"
-        groups = args[6] if len(args) > 6 and not node.op.startswith("conv_transpose") else kwargs.get("groups", 1)
-        node.groups = groups if isinstance(groups, int) else 1
+    def _note_attention(self, node: Node, args: Any) -> None:
+        """Take note whether a function is attention, or makes weights for it.
 
-    def _note_attention(self, node: Node, args: Any, inputs: list[int]) -> None:
-        nodes = self.trace.nodes
-        varying = [i for i in inputs if nodes[i].varying]
+        Attention is one call, or a product of values with weights: with a softmax or a product of activations, between which and
+        the values no layer stands. Weights of a softmax alone that keep positions apart make a mixture, as of experts.
+        """
+        varying = [i for i in node.inputs if self.trace.nodes[i].varying]
+        weights = [i for i in varying if i in self.weighed]
+        holds_product = any(self.weighed[i] for i in weights)
         factors = self._factors(node.op, args) if node.op in _PRODUCTS else []
         is_product = len(factors) > 1
-        weights = [i for i in varying if i in self.weighed]
-        if node.op in FUSED_ATTENTION or (is_product and weights):
-            queries = int(node.shape[-2]) if len(node.shape) > 1 else 1
-            node.fused = node.op in FUSED_ATTENTION
-            if node.fused or any(self.weighed[i] for i in weights) or not self._keeps_positions(node, args, factors):
-                node.attention = queries
+        is_softmax = node.op in ("softmax", "softmax_") and bool(varying)
+        node.fused = node.op in FUSED_ATTENTION
+        if node.fused or (is_product and weights):
+            n_queries = node.shape[-2] if len(node.shape) > 1 else 1
+            if node.fused or holds_product or not self._keeps_positions(node, args, factors):
+                node.attention = n_queries
             else:
-                node.mixture = queries
+                node.mixture = n_queries
         elif is_product:
             self.weighed[node.index] = True
             node.unweighed_product = self._contracts_other_than_channels(node, args, factors)
-        elif node.op in ("softmax", "softmax_") and varying:
-            self.weighed[node.index] = any(self.weighed.get(i, False) for i in varying)
-        elif weights and not self._mixes_channels(node, weights):
-            self.weighed[node.index] = any(self.weighed[i] for i in weights)
+        elif is_softmax or (weights and not self._mixes_channels(node, weights)):
+            self.weighed[node.index] = holds_product
         node.weighed = node.index in self.weighed
 
     def _factors(self, op: str, args: Any) -> list[int]:
@@ -277,39 +272,15 @@ class _Recorder(TorchFunctionMode):
         return [i for i in sources if i >= 0 and self.trace.nodes[i].varying]
 
     def _contracted(self, op: str, args: Any, factors: list[int]) -> tuple[set[str], set[str]]:
-        """Return the meaning of the axes that a product of two factors sums over, and of those that it keeps."""
-        first, second = (self.trace.nodes[i].axes.names for i in factors[:2])
-        if op == "einsum":
-            terms = einsum_terms(args)
-            if terms is None or len(terms[0]) != len(factors):
-                return {"?"}, set()
-            meaning: dict[str, set[str]] = {}
-            for letters, index in zip(terms[0], factors):
-                for letter, name in zip(letters, self.trace.nodes[index].axes.names):
-                    meaning.setdefault(letter, set()).add(name)
-            summed = set().union(*(names for letter, names in meaning.items() if letter not in terms[1]))
-            shared = set().union(*(meaning.get(letter, set()) for letter in terms[1]))
-            return summed, shared
-        if op in (
-            "tensordot",
-            "inner",
-            "linear",
-            "bilinear",
-            "linalg_vecdot",
-            "linalg_multi_dot",
-            "chain_matmul",
-            "mv",
-        ):
-            return {"?"}, set()
-        rows = second[-2:-1] or "?"
-        return {first[-1:] or "?", rows}, set(first[:-2]) & set(second[:-2])
+        """Return the meanings of the axes that a product of two factors sums over, and of those that it keeps."""
+        return contracted_axes(op, args, [self.trace.nodes[i].axes for i in factors])
 
     def _keeps_positions(self, node: Node, args: Any, factors: list[int]) -> bool:
         """Whether a product keeps the positions of its factors apart, as a mixture of experts does."""
         if len(factors) != 2:
             return False
-        summed, shared = self._contracted(node.op, args, factors)
-        return bool(shared & set("LHW")) and not summed & set("LHW")
+        contracted, remaining = self._contracted(node.op, args, factors)
+        return bool(remaining & set("LHW")) and not contracted & set("LHW")
 
     def _contracts_other_than_channels(self, node: Node, args: Any, factors: list[int]) -> bool:
         """Whether a product of activations sums over an axis that may be one of positions."""
@@ -325,32 +296,38 @@ class _Recorder(TorchFunctionMode):
         return (node.op.startswith("conv") and not mixes_heads) or node.op.endswith("norm")
 
 
-def is_foreign(func: Any) -> bool:
-    """Whether a function is an operator that an extension has registered, of which nothing is known."""
-    if isinstance(func, HigherOrderOperator):
-        return True
-    name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
-    return (
-        isinstance(name, str) and "::" in name and name.split("::")[0] not in ("aten", "prim", "prims", "torchvision")
-    )
+def _is_in_place(op: str) -> bool:
+    """Whether a function changes its first argument by its name alone."""
+    return op in _IN_PLACE or (op.endswith("_") and not op.endswith("__"))
 
 
-def function_name(func: Any) -> str:
-    """Return the name of a function as it is called; of an attribute that is a tensor, such as ``x.mT``, the attribute's."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", name)
-    return name
+def _axes_of_results(call: FunctionCall) -> list[Axes]:
+    """Return the axes of each result; unknown ones for arguments that the rules do not expect."""
+    try:
+        return result_axes(call)
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return [unknown(result.ndim) for result in call.results]
 
 
-def _stacked_dims(n_axes: int, args: Any, kwargs: Any) -> tuple[int, ...]:
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-    return (dim % n_axes,) if isinstance(dim, int) else ()
+def _note_layer(node: Node, call: FunctionCall) -> None:
+    """Take note of a layer's weight and of the axis that it mixes."""
+    weight = call.argument(1, "weight")
+    if isinstance(weight, Tensor):
+        node.weight = tuple(weight.shape)
+    if node.op == "linear" and call.operands:
+        node.axis = call.operands[0][1].names[-1:] or "?"
 
 
-def _reduced_dims(n_axes: int, args: Any, kwargs: Any) -> tuple[int, ...]:
-    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
+def _stacked_dims(call: FunctionCall) -> tuple[int, ...]:
+    """Return the axis along which tensors are stacked."""
+    dim = call.argument(1, "dim", call.kwargs.get("axis", 0))
+    return (dim % call.results[0].ndim,) if isinstance(dim, int) else ()
+
+
+def _reduced_dims(n_axes: int, call: FunctionCall) -> tuple[int, ...]:
+    """Return the axes that a reduction removes: all, where none are given."""
+    dims = call.argument(1, "dim", call.kwargs.get("axis"))
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(dims, tuple | list):
         return tuple(range(n_axes))
-    return tuple(d % n_axes for d in dims if isinstance(d, int) and -n_axes <= d < n_axes)
+    return tuple(dim % n_axes for dim in dims if isinstance(dim, int) and -n_axes <= dim < n_axes)

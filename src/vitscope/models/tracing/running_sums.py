@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitscope.models.structure.execution import tensors
+from vitscope.models.structure.execution import function_name, tensors
 from vitscope.models.structure.residual_structure import Read
 from vitscope.models.tracing.additions import ADDITIONS
-from vitscope.models.tracing.recorder import function_name
 from vitscope.runtime.errors import StructureError
 
 #: a module, the number of its call in a pass, the number of its calls in a pass, that of the addition in the call, and that

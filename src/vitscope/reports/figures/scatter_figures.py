@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -41,8 +41,6 @@ WORDS = {
     "optimizer.rho": "radius of SAM",
     "trainer.max_epochs": "epochs",
 }
-
-
 #: width of the points of one category, as a share of the distance between two categories
 MOST_SHIFT = 0.8
 #: inches of a line of the legend
@@ -168,46 +166,73 @@ def draw(points: Sequence[Point], x: str, y: Sequence[str], texts: Sequence[str]
 
 
 def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: Sequence[str]) -> None:
-    measured = any(isinstance(point.x, Interval) for point in points)
-    categories = [] if measured else _categories(points)
+    is_measured = any(isinstance(point.x, Interval) for point in points)  # x too has a number a seed
+    categories = [] if is_measured else _categories(points)
+    drawn = [point for point in points if point.y[panel] is not None and (point.x is not None or not is_measured)]
     for number, name in enumerate(series):
-        series_points = [
-            p for p in points if p.series == name and p.y[panel] is not None and (p.x is not None or not measured)
-        ]
+        series_points = [point for point in drawn if point.series == name]
         # points of one category side by side, within its share of the axis
-        shift = min(0.12, MOST_SHIFT / len(series)) * (number - (len(series) - 1) / 2) if categories else 0.0
-        positions = [_place(p.x, categories) + shift for p in series_points]
-        order = sorted(range(len(series_points)), key=lambda i: positions[i])
-        heights = [h for i in order if (h := series_points[i].y[panel]) is not None]
-        xerr = [_width(p.x) for p in (series_points[i] for i in order)] if measured else None
-        line = "none" if measured or categories else "-"
-        ax.errorbar([positions[i] for i in order], [h.mean for h in heights], yerr=[_width(h) for h in heights], xerr=xerr,
+        distance = min(0.12, MOST_SHIFT / len(series)) if categories else 0.0
+        shift = distance * (number - (len(series) - 1) / 2)
+        marks = sorted((_mark(point, panel, categories, shift) for point in series_points), key=lambda mark: mark.x)
+        line = "none" if is_measured or categories else "-"
+        xerr = [mark.x_width for mark in marks] if is_measured else None
+        ax.errorbar([mark.x for mark in marks], [mark.y for mark in marks], yerr=[mark.y_width for mark in marks], xerr=xerr,
                     fmt=MARKERS[number % len(MARKERS)], linestyle=line, label=name)  # fmt: skip
-    if not any(point.y[panel] is not None and (point.x is not None or not measured) for point in points):
+    if not drawn:
         ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", va="center", color="0.5")
         ax.set_yticks([])
         ax.set_xticks([])
         return
-    if note := _note_of_intervals([h for point in points if (h := point.y[panel]) is not None]):
+    note = _note_of_intervals([height for point in points if (height := point.y[panel]) is not None])
+    if note:
         ax.text(0.02, 0.02, note, transform=ax.transAxes, fontsize="small", color="0.4")
     if categories:
-        ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
-        ax.set_xlim(-0.5, len(categories) - 0.5)
-        low, high = ax.get_ylim()
-        ax.set_ylim(min(low, 0.0), max(high, 0.0))
-    elif not measured:
-        ax.set_xscale("log" if x == "data.fraction" else "linear")
-        values = sorted({float(point.x) for point in points})
-        ax.set_xticks(values, [f"{v:g}" for v in values], minor=False)
-        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        _set_categories(ax, categories)
+    elif not is_measured:
+        _set_numbers(ax, points, x)
+
+
+class _Mark(NamedTuple):
+    """A point of a panel and the half widths of its intervals."""
+
+    x: float
+    x_width: float
+    y: float
+    y_width: float
+
+
+def _mark(point: Point, panel: int, categories: Sequence[str], shift: float) -> _Mark:
+    """Return the mark of a point that has a number in a panel, ``shift`` beside its place on the x axis."""
+    height = point.y[panel]
+    assert height is not None
+    x_width = _width(point.x) if isinstance(point.x, Interval) else 0.0
+    return _Mark(_place(point.x, categories) + shift, x_width, height.mean, _width(height))
+
+
+def _set_categories(ax: Axes, categories: Sequence[str]) -> None:
+    """Name the categories on the x axis, and let the y axis include 0."""
+    ax.set_xticks(range(len(categories)), categories, rotation=30 if max(map(len, categories)) > 6 else 0)
+    ax.set_xlim(-0.5, len(categories) - 0.5)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.0), max(high, 0.0))
+
+
+def _set_numbers(ax: Axes, points: Sequence[Point], x: str) -> None:
+    """Mark the values of a numeric key on the x axis."""
+    ax.set_xscale("log" if x == "data.fraction" else "linear")
+    values = sorted({float(point.x) for point in points})
+    ax.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+    ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def _note_of_intervals(heights: Sequence[Interval]) -> str:
     """Return why no number of a panel has an interval, or that some have none for lack of seeds; else an empty text."""
     if not any(map(_width, heights)):
-        most = max(height.n for height in heights)
-        return f"No interval: {'one seed' if most == 1 else f'fewer than {LEAST_SEEDS} seeds'}"
-    return f"Without bar: fewer than {LEAST_SEEDS} seeds" if any(h.n < LEAST_SEEDS for h in heights) else ""
+        has_single_seeds = max(height.n for height in heights) == 1
+        return "No interval: one seed" if has_single_seeds else f"No interval: fewer than {LEAST_SEEDS} seeds"
+    has_few_seeds = any(height.n < LEAST_SEEDS for height in heights)
+    return f"Without bar: fewer than {LEAST_SEEDS} seeds" if has_few_seeds else ""
 
 
 def _categories(points: Sequence[Point]) -> list[str]:
@@ -228,9 +253,9 @@ def _place(x: Any, categories: Sequence[str]) -> float:
 
 def _width(interval: Interval | None) -> float:
     """Return the half width of an interval; 0 where there is none, or where it is of too few seeds."""
-    if interval is not None and interval.n < LEAST_SEEDS:
+    if interval is None or interval.n < LEAST_SEEDS:
         return 0.0
-    return interval.half_width if interval is not None and interval.half_width > 0 else 0.0
+    return interval.half_width if interval.half_width > 0 else 0.0
 
 
 def _keys(entry: Entry) -> Mapping[str, Any]:
@@ -259,6 +284,8 @@ def axis_label(quantity: str) -> str:
 
 
 def _key_text(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "".join(map(str, value)) if all(isinstance(v, int) and v < 10 for v in value) else str(value)
-    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple) and all(isinstance(entry, int) and entry < 10 for entry in value):
+        return "".join(map(str, value))  # digits, such as the counts of attention blocks by stage
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
