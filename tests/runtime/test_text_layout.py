@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vitscope.runtime.text_layout import aligned, duration_text, size_text
+from vitscope.runtime.text_layout import aligned, count_text, duration_text, size_text
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
@@ -48,3 +48,8 @@ def test_durations(seconds: float, text: str) -> None:
 )
 def test_sizes(n_bytes: int, text: str) -> None:
     assert size_text(n_bytes) == text
+
+
+def test_counts() -> None:
+    assert [count_text(number, "run") for number in (0, 1, 2)] == ["0 runs", "1 run", "2 runs"]
+    assert count_text(3, "batch", "batches") == "3 batches"

@@ -15,7 +15,7 @@ from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
 from vitscope.core.losses.named_losses import LOSSES
 from vitscope.data import DataModule, batch_cache
-from vitscope.runtime.text_layout import size_text
+from vitscope.runtime.text_layout import count_text, size_text
 
 _logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def announce_device(device: torch.device, prediction: Prediction) -> None:
         name = f"{device} ({torch.cuda.get_device_name(device)})"
     else:
         threads = torch.get_num_threads()
-        name = f"{device} ({threads} thread{'s' * (threads != 1)})"
+        name = f"{device} ({count_text(threads, 'thread')})"
     _logger.info(f"device: {name}; {prediction}")
 
 

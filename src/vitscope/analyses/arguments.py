@@ -69,7 +69,9 @@ def _previous(analysis: Analysis, place: AnalysisContext, settings: str) -> Any 
     """Return the series' newest result, and the first rank's where ranks do not see the same: all begin with its vectors."""
     result = previous_result.previous(place.run.results / analysis.name, place, settings)
     views = gather_objects(None if result is None else _size(result))
-    return result if views == views[:1] * len(views) else gather_objects(result if rank() == 0 else None)[0]
+    if views == views[:1] * len(views):
+        return result
+    return gather_objects(result if rank() == 0 else None)[0]
 
 
 def _size(result: Any) -> list[Any]:

@@ -65,11 +65,10 @@ def take_request(cfg: DictConfig, overrides: Sequence[str] = ()) -> RankRequest 
     if "trainer" in cfg:
         with open_dict(cfg):
             del cfg["trainer"]
-    request = (
-        (RankRequest(0) if n_launched > 1 else None)
-        if trainer is None
-        else _requested(cfg, trainer, overrides, n_launched)
-    )
+    if trainer is not None:
+        request = _requested(cfg, trainer, overrides, n_launched)
+    else:
+        request = RankRequest(0) if n_launched > 1 else None
     if request is not None and str(cfg.device).startswith("cuda:"):
         reason = "all processes would share one GPU"
         raise ConfigError(

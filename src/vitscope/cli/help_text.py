@@ -291,7 +291,9 @@ def _choices(override: str) -> list[str]:
 
 
 def _listed(choice: Any) -> list[str]:
-    return [] if choice is None else [str(name) for name in (choice if isinstance(choice, list) else [choice])]
+    if choice is None:
+        return []
+    return [str(name) for name in choice] if isinstance(choice, list) else [str(choice)]
 
 
 def _first_line(file: Path) -> str:

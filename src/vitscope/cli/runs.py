@@ -18,7 +18,7 @@ from vitscope.runs.run_dir import Run
 from vitscope.runtime import errors, redaction
 from vitscope.runtime.errors import ConfigError, DataError, StorageError
 from vitscope.runtime.logging import log_problem
-from vitscope.runtime.text_layout import aligned, duration_text, size_text
+from vitscope.runtime.text_layout import aligned, count_text, duration_text, size_text
 
 _logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     if damaged:
         for damage in damaged:
             log_problem(_logger, str(damage))
-        reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
+        reason = f"{count_text(len(damaged), 'run folder')} damaged and left out, named above"
         raise DataError("runs", None, reason, "restore or delete them; the list holds the others")
 
 
@@ -230,7 +230,7 @@ def export_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     target = Path(options["to"])
     summaries = _named(names, options)
     n_files = run_bundle.export(summaries, target, overwrite)
-    runs = f"{len(summaries)} run{'s' * (len(summaries) != 1)}"
+    runs = count_text(len(summaries), "run")
     is_archive = target.suffix == ".zip"  # which is unpacked anywhere, into a folder of its own
     unpack, folder = ("; unpack it, then", target.stem) if is_archive else (";", target)
     print(f"{runs}, {n_files} files, no weights: {target}{unpack} vitscope report paths.runs={folder}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vitscope.cli import exit_codes
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.text_layout import count_text
 from vitscope.sweep import lint, progress_table, sweep_file, trial_process
 
 USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [dry=true] [server=true [sweep_id=ID]] [key=value ...]
@@ -90,7 +91,7 @@ def _listing(sweep: sweep_file.Sweep, limit: int | None) -> list[str]:
         return [f"{number}, chosen while the sweep runs", "nothing was run (dry)"]
     trials = sweep_file.planned(sweep, limit)
     lines = [f"trial {index}  {sweep_file.label(sweep, params)}" for index, params in enumerate(trials)]
-    return [*lines, f"{len(lines)} trial{'s' * (len(lines) != 1)}", "nothing was run (dry)"]
+    return [*lines, count_text(len(lines), "trial"), "nothing was run (dry)"]
 
 
 def _flag(name: str, text: str) -> bool:

@@ -125,9 +125,10 @@ class Objective:
             return "cross entropy, soft targets as given" if y.ndim == 2 else f"cross entropy{smoothing}"
         if callable(self.loss):
             return f"own loss {own_loss.described(self.loss)}"
-        is_dense = self.loss == "dense_cross_entropy"
-        form = smoothing if is_dense else f", class indices{smoothing}" if are_indices(y) else ", targets as given"
-        return named_losses.DESCRIPTIONS[self.loss] + form
+        description = named_losses.DESCRIPTIONS[self.loss]
+        if self.loss == "dense_cross_entropy":
+            return f"{description}{smoothing}"
+        return f"{description}, class indices{smoothing}" if are_indices(y) else f"{description}, targets as given"
 
     def _cross_entropy(self, logits: Tensor, y: Tensor, reduction: str) -> Tensor:
         if y.ndim == 2 and self.label_smoothing > 0:

@@ -139,11 +139,15 @@ def _around(base: str, parameters: Mapping[str, ParameterState], rho: float, mod
 def _known(name: str, parameters: Mapping[str, ParameterState], module: str) -> OptimizerState:
     """Return the state with the class that its groups' keys and its own name agree on."""
     foreign = bool(module) and not (module == "torch.optim" or module.startswith("torch.optim."))
-    keys = [set(p.group) for p in parameters.values()]
-    kind_name = next((n for n, required_keys in _KEYS.items() if keys and all(required_keys <= k for k in keys)), "")
-    if kind_name == "Adam":  # the two share their keys
-        apart = [bool(p.group.get("decoupled_weight_decay", name == "AdamW")) for p in parameters.values()]
-        kind_name = "AdamW" if all(apart) else "Adam" if not any(apart) else ""
+    groups = [p.group for p in parameters.values()]
+    fitting_names = [kind for kind, keys in _KEYS.items() if groups and all(keys <= set(group) for group in groups)]
+    kind_name = fitting_names[0] if fitting_names else ""
+    if kind_name == "Adam":  # AdamW has the same keys
+        is_decoupled = [bool(group.get("decoupled_weight_decay", name == "AdamW")) for group in groups]
+        if all(is_decoupled):
+            kind_name = "AdamW"
+        elif any(is_decoupled):
+            kind_name = ""
     same = not name or name == kind_name or {name, kind_name} == {"Adam", "AdamW"}
     if foreign or not kind_name or not same:
         description = name or "an optimizer of another kind"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -160,29 +160,49 @@ def alternet(
         _mixing, mixer=mixer, dim_head=dim_head, window_size=window_size, pad=pad,
         position_bias=position_bias, blur_size=blur_size,
     )  # fmt: skip
-    n_blocks = sum(map(len, sequences))
-    rates = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
     check_width(width)
-    stages, channels = [], width or 64
-    widths = [channels * factor for factor in (1, 2, 4, 8)]
-    for i, (sequence, stage_width) in enumerate(zip(sequences, widths)):
-        out = stage_width * expansion
-        blocks = []
-        for j, letter in enumerate(sequence):
-            stride = 2 if i > 0 and j == 0 else 1
-            if letter == "M":
-                inner = channels // expansion
-                block = MSABlock(
-                    channels, out, mixing=mixing(inner, out, heads=heads[i]), width=inner, drop_path=next(rates)
-                )
-            else:
-                block = _conv_block(channels, out, stride, expansion, next(rates))
-            blocks.append(block)
-            channels = out
-        stages.append(nn.Sequential(*blocks))
-    model = AlterNet(_stem(in_chans, stem, widths[0]), stages, channels, num_classes)
+    widths = [(width or 64) * factor for factor in (1, 2, 4, 8)]
+    stages = _stages(sequences, widths, expansion, heads, mixing, drop_path)
+    model = AlterNet(_stem(in_chans, stem, widths[0]), stages, widths[-1] * expansion, num_classes)
     model.set_grad_checkpointing(grad_checkpointing)
     return model
+
+
+def _stages(
+    sequences: Sequence[str],
+    widths: Sequence[int],
+    expansion: int,
+    heads: Sequence[int],
+    mixing: Callable[..., nn.Module],
+    drop_path: float,
+) -> list[nn.Sequential]:
+    """Return the stages; the first block of each stage but the first one halves the map.
+
+    Args:
+        sequences: Blocks of each stage, ``C`` and ``M``.
+        widths: Channels of the 3x3 convolutions of each stage.
+        expansion: Channels of a block's output as a multiple of these.
+        heads: Heads of each stage.
+        mixing: Makes the operation of an attention block.
+        drop_path: Stochastic depth of the last block, to which that of the others rises in equal steps.
+    """
+    n_blocks = sum(map(len, sequences))
+    rates = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
+    stages, channels = [], widths[0]
+    for stage, (sequence, stage_width) in enumerate(zip(sequences, widths)):
+        out = stage_width * expansion
+        blocks = []
+        for place, letter in enumerate(sequence):
+            if letter == "M":
+                inner = channels // expansion
+                operation = mixing(inner, out, heads=heads[stage])
+                blocks.append(MSABlock(channels, out, mixing=operation, width=inner, drop_path=next(rates)))
+            else:
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(_conv_block(channels, out, stride, expansion, next(rates)))
+            channels = out
+        stages.append(nn.Sequential(*blocks))
+    return stages
 
 
 def _mixing(

@@ -41,30 +41,35 @@ def stage_blocks(blocks: Sequence[int], n_msa: Sequence[int], placement: Placeme
         raise ValueError(f"n_msa needs {len(blocks)} counts of at least 0, got {tuple(n_msa)}.")
     if placement in ("late", "alternating"):
         return _attention_from_the_end(blocks, sum(n_msa), step=1 if placement == "late" else 2)
+    stages = list(zip(blocks, n_msa))
     if placement == "official":
-        return tuple(("C" * (n - 2 * m) + "CM" * m)[:n] for n, m in zip(blocks, n_msa))
+        return tuple((_convolutions(n, m) + "CM" * m)[:n] for n, m in stages)
     if placement not in ("stage_end", "stage_start"):
         raise ValueError(f"Unknown placement {placement!r}: stage_end, stage_start, late, alternating or official.")
-    for stage, (n, m) in enumerate(zip(blocks, n_msa), start=1):
+    for stage, (n, m) in enumerate(stages, start=1):
         if 2 * m > n:
             raise ValueError(f"stage {stage} has {n} blocks and takes at most {n // 2} attention blocks, got {m}.")
     if placement == "stage_start":
-        return tuple("CM" * m + "C" * (n - 2 * m) for n, m in zip(blocks, n_msa))
-    return tuple("C" * (n - 2 * m) + "CM" * m for n, m in zip(blocks, n_msa))
+        return tuple("CM" * m + _convolutions(n, m) for n, m in stages)
+    return tuple(_convolutions(n, m) + "CM" * m for n, m in stages)
+
+
+def _convolutions(n_blocks: int, n_msa: int) -> str:
+    """Return the blocks of a stage that are in no pair ``CM``."""
+    return "C" * (n_blocks - 2 * n_msa)
 
 
 def _attention_from_the_end(blocks: Sequence[int], n_msa: int, step: int) -> tuple[str, ...]:
-    places_from_end = [(stage, i) for stage, n in enumerate(blocks) for i in range(n)][::-step]
-    attention_places = [place for place in places_from_end if place[1] > 0][
-        :n_msa
-    ]  # the first block of a stage subsamples
+    """Return the stages with attention in every block, or every second one, from the last block of the model on."""
+    places = [(stage, place) for stage, n in enumerate(blocks) for place in range(n)]
+    # the first block of a stage subsamples
+    attention_places = [(stage, place) for stage, place in places[::-step] if place > 0][:n_msa]
     if len(attention_places) < n_msa:
         raise ValueError(
             f"{n_msa} attention blocks do not fit, at most {len(attention_places)} of {sum(blocks)} blocks can be."
         )
-    return tuple(
-        "".join("M" if (stage, i) in attention_places else "C" for i in range(n)) for stage, n in enumerate(blocks)
-    )
+    letters = dict.fromkeys(attention_places, "M")
+    return tuple("".join(letters.get((stage, place), "C") for place in range(n)) for stage, n in enumerate(blocks))
 
 
 def build_up(depth: int = 50, *, overshoot: bool = False) -> list[tuple[int, int, int, int]]:
@@ -111,10 +116,18 @@ def feature_map_sizes(image_size: ImageSize, stem: Stem = "cifar") -> tuple[tupl
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}.")
+    n_halvings_of_stem = 2 if stem == "imagenet" else 0
+    for _ in range(n_halvings_of_stem):
+        height, width = _halved(height), _halved(width)
     sizes = [(height, width)]
-    for _ in range(3 + 2 * (stem == "imagenet")):
-        sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-    return tuple(sizes[-4:])
+    for _ in range(3):
+        height, width = _halved(height), _halved(width)
+        sizes.append((height, width))
+    return tuple(sizes)
+
+
+def _halved(side: int) -> int:
+    return (side + 1) // 2
 
 
 def valid_window_sizes(

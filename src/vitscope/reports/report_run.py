@@ -26,6 +26,7 @@ from vitscope.runs import run_dir, run_search
 from vitscope.runtime import errors, stop_flag
 from vitscope.runtime.errors import ConfigError, DataError
 from vitscope.runtime.logging import log_problem
+from vitscope.runtime.text_layout import count_text
 
 _logger = logging.getLogger(__name__)
 
@@ -73,10 +74,10 @@ def report(cfg: DictConfig) -> Path:
         ]
         if cfg.page:
             target = html_page.write(out / f"{cfg.name}.html", entries, tables, judged, figures, problems)
-            print(f"\n{len(figures)} figure{'s' * (len(figures) != 1)}, {len(tables)} tables: {target}")
+            print(f"\n{count_text(len(figures), 'figure')}, {len(tables)} tables: {target}")
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
-        reason = f"{len(damaged)} run folder{'s' * (len(damaged) != 1)} damaged and left out, named above"
+        reason = f"{count_text(len(damaged), 'run folder')} damaged and left out, named above"
         raise DataError("runs", None, reason, "restore or delete them; the report holds the others")
     return target
 

@@ -83,9 +83,8 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def _require(value: Any, kind: Any, path: Path, name: str) -> None:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        expected = {Mapping: "a mapping", str: "a text", int: "a whole number"}.get(
-            kind, getattr(kind, "__name__", "of its kind")
-        )
+        expected_kinds = {Mapping: "a mapping", str: "a text", int: "a whole number"}
+        expected = expected_kinds.get(kind, getattr(kind, "__name__", "of its kind"))
         raise StorageError("runs", path, f"{name} is a {type(value).__name__}, not {expected}", "delete the run")
 
 
@@ -108,12 +107,8 @@ def _read_result(path: Path, whole: bool) -> Measured | None:
     _require(scalars, Mapping, path, "scalars")
     _require(card, Mapping, path, "card")
     for name, value in scalars.items():
-        if value is not None and (isinstance(value, bool | str) or not isinstance(value, int | float)):
-            raise StorageError(
-                "runs", path, f"scalars.{name} is a {type(value).__name__}, not a number", "measure again"
-            )
-        if value is not None and not math.isfinite(value):
-            raise StorageError("runs", path, f"scalars.{name} is {value}, which is written as null", "measure again")
+        if value is not None:
+            _require_scalar(value, name, path)
     for key in _CARD_KEYS & set(card):
         _require_card_value(card[key], key, path)
     card_fields = {k: v for k, v in card.items() if k in _CARD_KEYS}
@@ -144,6 +139,14 @@ def _at_its_step(measured: Measured, last_step: int | None) -> Measured:
     return replace(measured, tag=tag_of_step(step) + measured.tag.removeprefix(END))  # of averages: end-ema
 
 
+def _require_scalar(value: Any, name: str, path: Path) -> None:
+    """Refuse a scalar that is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise StorageError("runs", path, f"scalars.{name} is a {type(value).__name__}, not a number", "measure again")
+    if not math.isfinite(value):
+        raise StorageError("runs", path, f"scalars.{name} is {value}, which is written as null", "measure again")
+
+
 def _require_card_value(value: Any, key: str, path: Path) -> None:
     """Refuse a card's value of another kind than its field's, as far as reports sort and compare it."""
     if value is not None and not fits(value, _CARD_TYPES[key]):
@@ -169,9 +172,13 @@ def _require_metric(key: str, value: Any, path: Path) -> None:
         raise StorageError("runs", path, reason, "delete the run, or restore the file from a copy")
 
 
-def _read_metrics(
-    path: Path,
-) -> tuple[dict[str, float | None], dict[str, tuple[list[float], list[float]]], int | None]:
+#: entries of a row of metrics that are no metrics
+_ROW_KEYS = ("step", "epoch", "time", "tag")
+#: steps and values of a metric
+_Curve = tuple[list[float], list[float]]
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, float | None], dict[str, _Curve], int | None]:
     """Return each metric's last value (also where it is null), the curves over epochs, and the last step of the training.
 
     Metrics of a test that came before a step of the training are those of other weights than the last ones: a finished run was
@@ -179,7 +186,7 @@ def _read_metrics(
     """
     last: dict[str, float | None] = {}
     last_step: int | None = None
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, _Curve] = {}
     rows = metrics_log.read(path)
     if os.path.lexists(path) and (not path.is_file() or (not rows and path.stat().st_size > 0)):
         raise StorageError("runs", path, "holds no row of metrics", "delete the run")
@@ -190,17 +197,22 @@ def _read_metrics(
             last = {key: value for key, value in last.items() if not key.startswith("test/")}
         for key, value in row.items():
             _require_metric(key, value, path)
-            if key in ("step", "epoch", "time", "tag") or not (value is None or isinstance(value, int | float)):
+            if key in _ROW_KEYS or not isinstance(value, int | float | None):
                 continue
-            value = value if value is not None and math.isfinite(value) else None
-            last[key] = None if value is None else float(value)
-            if key.startswith(("train/", "val/")) and value is not None and isinstance(step, int):
-                xs, ys = curves.setdefault(key, ([], []))
-                while xs and xs[-1] >= step:  # a resumed run writes steps again
-                    del xs[-1], ys[-1]
-                xs.append(step)
-                ys.append(float(value))
+            number = float(value) if value is not None and math.isfinite(value) else None
+            last[key] = number
+            if number is not None and isinstance(step, int) and key.startswith(("train/", "val/")):
+                _add_point(curves.setdefault(key, ([], [])), step, number)
     return last, {key: _thinned(*curve) for key, curve in curves.items()}, last_step
+
+
+def _add_point(curve: _Curve, step: int, value: float) -> None:
+    """Add a point to a curve; it takes the place of those from its step on, which a resumed run writes again."""
+    steps, values = curve
+    while steps and steps[-1] >= step:
+        del steps[-1], values[-1]
+    steps.append(step)
+    values.append(value)
 
 
 def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
@@ -209,6 +221,6 @@ def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]
     if stretch <= 1:
         return xs, ys
     starts = range(0, len(xs), stretch)
-    return [xs[min(i + stretch, len(xs)) - 1] for i in starts], [
-        math.fsum(ys[i : i + stretch]) / len(ys[i : i + stretch]) for i in starts
-    ]
+    ends = [xs[start : start + stretch][-1] for start in starts]
+    stretches = [ys[start : start + stretch] for start in starts]
+    return ends, [math.fsum(values) / len(values) for values in stretches]

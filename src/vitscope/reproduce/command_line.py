@@ -12,6 +12,7 @@ from vitscope.reproduce import plan as reproduction
 from vitscope.reproduce import run_overrides
 from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.text_layout import count_text
 
 USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=0,1 | jobs=2] [overrides='key=value ...']
                           [dry=true] [launcher=slurm [slurm.KEY=value ...]] [runs=FOLDER] [out=FOLDER]
@@ -81,7 +82,7 @@ class Request:
         """Return the seeds in words, such as ``5 seeds`` or ``seeds 5 to 8``."""
         if isinstance(self.seeds, range):
             return f"seeds {self.seeds[0]} to {self.seeds[-1]}" if len(self.seeds) > 1 else f"seed {self.seeds[0]}"
-        return f"{self.seeds} seed{'s' * (self.seeds > 1)}"
+        return count_text(self.seeds, "seed")
 
 
 def parse(argv: Sequence[str]) -> Request:

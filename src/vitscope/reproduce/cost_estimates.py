@@ -23,6 +23,7 @@ from vitscope.runs import run_search
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import StorageError
+from vitscope.runtime.text_layout import count_text
 
 #: key of ``provenance.json``: seconds of measurements by kind, see `run_kinds.measurement_kind`
 MEASURED_S = "measured_s"
@@ -189,11 +190,9 @@ def _estimate(planned: PlannedTrial, rates: Rates, is_new: bool, missing: Sequen
     times = [seconds for seconds in parts if seconds is not None]
     is_unknown = len(times) < len(parts)
     machines = f" on {', '.join(sorted(rates.hosts))}" if rates.hosts else ""
-    sources = {f"{rates.n_runs} finished run{'s' * (rates.n_runs != 1)}{machines}"} if times else set()
-    stated = rates.stated.get("seconds_per_training")
-    if (
-        is_unknown and stated is not None and planned.state == TRAIN and training in ([], [None])
-    ):  # measurements of all trials included
+    sources = {f"{count_text(rates.n_runs, 'finished run')}{machines}"} if times else set()
+    stated = rates.stated.get("seconds_per_training")  # with the measurements of all trials
+    if is_unknown and stated is not None and planned.state == TRAIN and training in ([], [None]):
         times, is_unknown, sources = [float(stated)] if is_new else [], False, {str(rates.stated["source"])}
     size = rates.run_bytes(planned) if is_new else 0.0
     return Estimate(sum(times), int(is_unknown), size or 0.0, int(size is None), frozenset(sources))

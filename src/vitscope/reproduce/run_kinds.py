@@ -61,7 +61,8 @@ def files_kind(cfg: Mapping[str, Any]) -> str:
             model_kind(cfg),
             cfg["optimizer"].get("_target_"),
             (cfg.get("callbacks") or {}).get("checkpoint"),
+            # epochs and steps decide how many snapshots there are
             cfg["trainer"].get("max_epochs"),
             cfg["trainer"].get("max_steps"),
-        ]  # which decide how many snapshots there are
+        ]
     )

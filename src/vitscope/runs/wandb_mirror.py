@@ -200,28 +200,12 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
     os.environ.setdefault("WANDB_SILENT", "true")
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
-    arguments = {
-        "project": options.get("project"),
-        "entity": options.get("entity"),
-        "group": options.get("group") or cfg.get("name"),
-        "tags": list(dict.fromkeys([*(cfg.get("tags") or []), *(options.get("tags") or [])])) or None,
-        "job_type": job_type,
-        "name": options.get("name") or run.id,
-        "id": run.provenance().get("wandb_id"),
-        "resume": "allow",
-        "dir": str(run.path),
-        "config": flattened(cfg),
-    }
-    if [cleaned(argument) for argument in sys.argv] != sys.argv:  # W&B would upload the command line as it is
-        arguments["settings"] = wandb.Settings(x_disable_meta=True)
+    arguments = _arguments(cfg, options, run, job_type)
     # a measurement has no checkpoints of its own
     kinds = [kind for kind in options.get("artifacts") or [] if kind == "results" or job_type == "train"]
     uploads = RunArtifacts(run, kinds) if kinds else None
     for attempt in dict.fromkeys((mode, "offline")):
         try:
-            # in a sweep the agent hands over the run's id: leave it alone
-            if "WANDB_SWEEP_ID" in os.environ:
-                arguments.pop("id", None)
             mirror = WandbMirror(wandb.init(**arguments, mode=cast(Any, attempt)), uploads)
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
@@ -229,6 +213,27 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
             _logger.info(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return WandbMirror()
+
+
+def _arguments(cfg: DictConfig, options: DictConfig, run: Run, job_type: str) -> dict[str, Any]:
+    """Return the arguments of `wandb.init` for a run of a configuration, with its ``logger`` as ``options``."""
+    tags = list(dict.fromkeys([*(cfg.get("tags") or []), *(options.get("tags") or [])]))
+    arguments: dict[str, Any] = {
+        "project": options.get("project"),
+        "entity": options.get("entity"),
+        "group": options.get("group") or cfg.get("name"),
+        "tags": tags or None,
+        "job_type": job_type,
+        "name": options.get("name") or run.id,
+        "resume": "allow",
+        "dir": str(run.path),
+        "config": flattened(cfg),
+    }
+    if "WANDB_SWEEP_ID" not in os.environ:  # in a sweep the agent hands over the run's id
+        arguments["id"] = run.provenance().get("wandb_id")
+    if [cleaned(argument) for argument in sys.argv] != sys.argv:  # W&B would upload the command line as it is
+        arguments["settings"] = wandb.Settings(x_disable_meta=True)
+    return arguments
 
 
 def _one_line(error: Exception) -> str:

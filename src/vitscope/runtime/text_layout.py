@@ -1,4 +1,4 @@
-"""Texts for terminals: rows of cells in columns, durations and sizes."""
+"""Texts for terminals and messages: rows of cells in columns, counts, durations and sizes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
         rows: Rows of equal length; the first one may be the head.
         right: Columns whose cells are at the right, as numbers are; the others are at the left.
     """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def count_text(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: ``1 run``, ``3 runs``; ``plural`` is given where it is not the noun with an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
 
 
 def duration_text(seconds: float) -> str:

@@ -130,7 +130,7 @@ def line(sweep: LocalSweep, trial: Trial) -> str:
         facts.append(f"output {short_path(trial.output)}")
     elif trial.wall_s:
         facts.append(duration_text(round(trial.wall_s)))
-    return f"trial {trial.index} ({_label(sweep, trial)}): {trial.state}{', ' * bool(facts)}{', '.join(facts)}"
+    return f"trial {trial.index} ({_label(sweep, trial)}): {', '.join([trial.state, *facts])}"
 
 
 def progress_line(sweep: LocalSweep, trial: Trial) -> str:

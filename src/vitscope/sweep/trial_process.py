@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from vitscope.config import loading
 from vitscope.runtime import safe_files
 from vitscope.runtime.errors import ConfigError
+from vitscope.runtime.text_layout import count_text
 
 #: file of what a child prints, in the folder of its run
 OUTPUT = "output.txt"
@@ -124,9 +125,8 @@ def check_gpus(gpus: str | None) -> None:
     n_gpus = torch.cuda.device_count()
     gpu_numbers = [int(number) for number in re.findall(r"(?<![\w-])\d+", gpus)]
     if n_gpus == 0 or any(number >= n_gpus for number in gpu_numbers):
-        raise ConfigError(
-            "GPUS", gpus, f"this machine has {n_gpus or 'no'} GPU{'s' * (n_gpus != 1)}", "use JOBS=n for the CPU"
-        )
+        present_gpus = count_text(n_gpus, "GPU") if n_gpus else "no GPUs"
+        raise ConfigError("GPUS", gpus, f"this machine has {present_gpus}", "use JOBS=n for the CPU")
 
 
 def threads(n: int) -> dict[str, str]:

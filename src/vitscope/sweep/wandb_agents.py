@@ -22,6 +22,7 @@ from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.logging import log_problem
 from vitscope.runtime.stop_flag import Interrupted
+from vitscope.runtime.text_layout import count_text
 from vitscope.sweep import trial_process
 from vitscope.sweep.sweep_file import Sweep
 from vitscope.sweep.trial_process import Slot
@@ -134,9 +135,8 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
             log_problem(_logger, f"failed: W&B run {run_id} left no run folder; see {folder}/agent-*.log")
     if broken:
         first = first or 1
-        log_problem(
-            _logger, f"failed: {broken} agent{'s' * (broken > 1)} ended with an error; see {folder}/agent-*.log"
-        )
+        agents = count_text(broken, "agent")
+        log_problem(_logger, f"failed: {agents} ended with an error; see {folder}/agent-*.log")
     print(f"{finished} of {len(runs)} trials finished; {folder}", flush=True)
     return first
 

@@ -285,9 +285,8 @@ class Classifier(pl.LightningModule):
             metrics["scores"](probabilities, y)
         brier = probabilities.square().sum(1) + 1 - 2 * probabilities.gather(1, y[:, None]).squeeze(1)
         means = {"loss": self.hard_objective.data_loss(logits, y) if n else logits.sum()}
-        is_likelihood = (
-            self.hard_objective.loss == "cross_entropy"
-        )  # else outputs are not said to be logits of a softmax
+        # else outputs are not said to be logits of a softmax
+        is_likelihood = self.hard_objective.loss == "cross_entropy"
         if is_likelihood:
             means |= {"nll": self.soft_objective.data_loss(logits, y), "brier": brier.mean()}
         for name, value in means.items():

@@ -285,9 +285,8 @@ def adopt_checkpoint(
         CheckpointError: It was written with another optimizer, batch size, seed, number of processes or of classes.
     """
     content = checkpoint_io.read(path) if content is None else content
-    checkpoint_weights.load_weights(
-        network, content, path, average=average, report=False
-    )  # refuses another model's in one line
+    # refuses another model's in one line
+    checkpoint_weights.load_weights(network, content, path, average=average, report=False)
     if weights_only or "loops" not in content:
         return None, 0
     stored = checkpoint_content.facts(content, path)

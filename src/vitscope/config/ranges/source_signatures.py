@@ -109,28 +109,40 @@ def _parsed(module: str) -> ast.Module | None:
 def _arguments(module: str, definition: Definition) -> Iterator[ast.arg]:
     """Yield the arguments of a function, of a class's constructor, or the fields of a dataclass or typed dictionary."""
     if isinstance(definition, ast.ClassDef):
-        constructors = [n for n in definition.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-        for base in definition.bases if not constructors else ():
-            inherited = _definition(module, base.id) if isinstance(base, ast.Name) else None
-            yield from _arguments(*inherited) if inherited is not None else ()
-        for node in definition.body if not constructors else ():
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                yield ast.arg(node.target.id, node.annotation)
-        for constructor in constructors:
-            yield from _arguments(module, constructor)
+        yield from _arguments_of_class(module, definition)
         return
     signature = definition.args
     yield from (*signature.posonlyargs, *signature.args, *signature.kwonlyargs)
     unpacked = getattr(signature.kwarg, "annotation", None)  # **options: Unpack[Options]
     if isinstance(unpacked, ast.Subscript) and isinstance(unpacked.slice, ast.Name):
-        fields = _definition(module, unpacked.slice.id)
-        # those that a decorator names, as in @curvature_arguments("tol", "seed"); all without one
-        calls = [node for node in definition.decorator_list if isinstance(node, ast.Call)]
-        selecting = [call for call in calls if ast.unparse(call.func).endswith("_arguments")]
-        named = {a.value for call in selecting for a in call.args if isinstance(a, ast.Constant)}
-        for argument in _arguments(*fields) if fields is not None else ():
-            if not named or argument.arg in named:
+        options = _definition(module, unpacked.slice.id)
+        selected_names = _selected_names(definition)
+        for argument in _arguments(*options) if options is not None else ():
+            if not selected_names or argument.arg in selected_names:
                 yield argument
+
+
+def _arguments_of_class(module: str, definition: ast.ClassDef) -> Iterator[ast.arg]:
+    """Yield the arguments of a class's own constructor, without one the fields of its bases and its own."""
+    constructors = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    if constructors:
+        for constructor in constructors:
+            yield from _arguments(module, constructor)
+        return
+    for base in definition.bases:
+        inherited = _definition(module, base.id) if isinstance(base, ast.Name) else None
+        if inherited is not None:
+            yield from _arguments(*inherited)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield ast.arg(node.target.id, node.annotation)
+
+
+def _selected_names(definition: ast.FunctionDef) -> set[object]:
+    """Return the options that a decorator names, as in ``@curvature_arguments("tol", "seed")``; none means all."""
+    calls = [node for node in definition.decorator_list if isinstance(node, ast.Call)]
+    selecting = [call for call in calls if ast.unparse(call.func).endswith("_arguments")]
+    return {argument.value for call in selecting for argument in call.args if isinstance(argument, ast.Constant)}
 
 
 def _range(annotation: ast.expr) -> ValueRange | None:

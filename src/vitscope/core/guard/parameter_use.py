@@ -33,9 +33,8 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
     """
     moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
     copies = {name: p.detach().clone().requires_grad_() for name, p in moved.items()}
-    running: dict[
-        nn.Module, list[Any]
-    ] = {}  # the nodes of autograd's graph at which each module's outputs were computed
+    # the nodes of autograd's graph at which each module's outputs were computed
+    running: dict[nn.Module, list[Any]] = {}
     with ExitStack() as stack, torch.enable_grad():
         for module in model.modules():
             has_parameters = next(module.parameters(recurse=False), None) is not None
@@ -48,22 +47,26 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
     ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
         return (), ()
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
-    without = [name for name, gradient in zip(copies, gradients) if gradient is None]
+    ineffective = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
-        without = [name for name in without if not _is_effective(model, moved[name], x)]
+        ineffective = [name for name in ineffective if not _is_effective(model, moved[name], x)]
     owners = {
-        f"{path}.{key}".strip("."): m
-        for path, m in model.named_modules()
-        for key, _ in m.named_parameters(recurse=False, remove_duplicate=False)
+        f"{path}.{key}".strip("."): module
+        for path, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
     }
-    unread = tuple(
-        name
-        for name in without
-        if owners[name] in running
-        and name.rpartition(".")[2] not in MASK_TOKENS
-        and not (_depends(running[owners[name]], copies[name]) and (values or not _is_effective(model, moved[name], x)))
-    )
-    return unread, tuple(name for name in without if name not in unread)
+
+    def is_cut_off(name: str) -> bool:
+        owner = owners[name]
+        if owner not in running or name.rpartition(".")[2] in MASK_TOKENS:
+            return False
+        if not _depends(running[owner], copies[name]):
+            return True
+        # nobody reads the output that the module computes from it, unless the network's outputs move with its values
+        return not values and _is_effective(model, moved[name], x)
+
+    cut_off = tuple(name for name in ineffective if is_cut_off(name))
+    return cut_off, tuple(name for name in ineffective if name not in cut_off)
 
 
 def _note_outputs(running: dict[nn.Module, list[Any]], module: nn.Module, output: Any) -> None:

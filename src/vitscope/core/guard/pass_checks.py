@@ -61,7 +61,11 @@ class PassChecks:
             n_images: images of the first batch to use; None for all.
             uses_loss: whether outputs go to the loss, which is then checked too.
         """
-        level = "gradient" if gradient else "moved weights" if moves_weights else "outputs"
+        level = "outputs"
+        if gradient:
+            level = "gradient"
+        elif moves_weights:
+            level = "moved weights"
         earlier_check = self._repeatability.get(level)
         if earlier_check is None and level == "outputs":
             earlier_check = next(iter(self._repeatability.values()), None)

@@ -99,9 +99,8 @@ def trial_images(model: nn.Module, images: Tensor | None) -> Iterator[Tensor]:
     first = next(model.parameters(), torch.empty(0))
     dtype = probe_guard.float_dtype(model)
     if images is not None:
-        if isinstance(
-            images, Tensor
-        ):  # inputs of another form are not cut to one example here: the model counts as not run
+        # inputs of another form are not cut to one example here: the model counts as not run
+        if isinstance(images, Tensor):
             yield images[:1].to(first.device, dtype)
         return
     first_convolution = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -13,6 +13,7 @@ from torch import nn
 
 from vitscope.core.objective import Objective
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.runtime.text_layout import count_text
 
 #: entries of a tuple of names, and characters of a text, that are shown
 N_NAMES = 4
@@ -140,14 +141,12 @@ def probe_facts(
         about: further facts of the probe.
     """
     counts = f", {n_images:,} images" if n_images is not None else ""
+    batches = count_text(n_batches, "batch", "batches") if n_batches is not None else "counted at the first pass"
     names = "looked up at the first measure" if taps is None else shown([tap.name for tap in taps])
     n_parameters = sum(p.numel() for p in model.parameters())
     return {
         "model": f"{type(model).__name__}, {n_parameters:,} parameters on {device}",
-        "batches": (
-            f"{n_batches} batch{'es' * (n_batches != 1)}" if n_batches is not None else "counted at the first pass"
-        )
-        + counts,
+        "batches": batches + counts,
         "objective": objective_text(objective),
         "taps": names or "none",
         **{key: shown(value) for key, value in about.items()},

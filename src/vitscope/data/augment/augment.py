@@ -202,14 +202,11 @@ def erase(images: Tensor, key: Key, recipe: Recipe) -> Tensor:
     fits = (rows < height) & (columns < width)
     first = fits.argmax(1)[:, None]
     tops, lefts = np.floor(top_edge * (height - rows + 1)), np.floor(left_edge * (width - columns + 1))
-    top_edge, left_edge, rows, columns = (
-        np.take_along_axis(a, first, 1) for a in (tops, lefts, rows, columns)
-    )  # (B, 1)
+    # (B, 1) each
+    top_edge, left_edge, rows, columns = (np.take_along_axis(a, first, 1) for a in (tops, lefts, rows, columns))
     y, x = np.arange(height), np.arange(width)
-    inside_y, inside_x = (
-        (y >= top_edge) & (y < top_edge + rows),
-        (x >= left_edge) & (x < left_edge + columns),
-    )  # (B, H), (B, W)
+    inside_y = (y >= top_edge) & (y < top_edge + rows)  # (B, H)
+    inside_x = (x >= left_edge) & (x < left_edge + columns)  # (B, W)
     erased = fits.any(1) & (draws[:, 0] <= recipe.random_erasing)
     mask = erased[:, None, None] & inside_y[:, :, None] & inside_x[:, None, :]
     return images.masked_fill_(torch.from_numpy(mask)[:, None], 0.0)

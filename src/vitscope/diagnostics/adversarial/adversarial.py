@@ -254,8 +254,10 @@ def _warn_blind(conditions: Sequence[tuple[str, float]], blind: np.ndarray) -> N
 
 def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, settings: Settings) -> None:
     unknown = [attack for attack in attacks if attack not in ATTACKS]
-    if unknown or not attacks or isinstance(attacks, str):
-        received = repr(attacks) if isinstance(attacks, str) else repr(unknown[0]) if unknown else "none"
+    if isinstance(attacks, str):
+        raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {attacks!r}.")
+    if unknown or not attacks:
+        received = repr(unknown[0]) if unknown else "none"
         raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
     if len(set(attacks)) < len(attacks):
         raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")

@@ -148,14 +148,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
         ValueError: no attention whose weights can be read.
     """
     units = _attending_units(probe, units)
-    traced_units = _traced_units(probe, units)
-    with probe.guard(logits=False) as model:
-        sums = Sums(units, _shifts(model, units), traced_units)
-        with distributed.failing_together():
-            for _, (x, _) in track(probe.local_batches(), "attention distance"):
-                sums.begin(images_of(x, "attention_distance"))
-                with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
-                    model(x)
+    sums = _read(probe, units)
     means = estimates([mean for unit_means in sums.means for mean in unit_means])
     distance, entropy, off_map = means[0::3], means[1::3], means[2::3]
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
@@ -192,6 +185,19 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
         n_images=n_images,
         card=probe.card(),
     )
+
+
+def _read(probe: Probe, units: Sequence[Unit]) -> Sums:
+    """Return the sums over this rank's batches."""
+    traced_units = _traced_units(probe, units)
+    with probe.guard(logits=False) as model:
+        sums = Sums(units, _shifts(model, units), traced_units)
+        with distributed.failing_together():
+            for _, (x, _) in track(probe.local_batches(), "attention distance"):
+                sums.begin(images_of(x, "attention_distance"))
+                with reading_branches(model, units, sums.note_size), reading_attention(units, sums.add):
+                    model(x)
+    return sums
 
 
 def _reasons_unread(units: Sequence[Unit], read: Sequence[int], repeated: Collection[int]) -> dict[str, str]:

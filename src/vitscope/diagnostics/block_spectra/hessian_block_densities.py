@@ -279,9 +279,8 @@ def _result(
     card: ObjectiveCard,
 ) -> HessianBlockDensitiesResult:
     nodes, weights = table["nodes"], table["weights"]
-    means = (
-        np.nansum(weights * nodes, axis=2) * sizes[:, None]
-    )  # (n_blocks, n_vectors): unbiased estimates of the trace
+    # (n_blocks, n_vectors): unbiased estimates of the trace
+    means = np.nansum(weights * nodes, axis=2) * sizes[:, None]
     flat = nodes.reshape(len(blocks), -1)
     top = np.nanargmax(flat, axis=1)
     pairs = np.triu_indices(len(blocks), 1)

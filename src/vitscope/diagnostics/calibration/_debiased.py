@@ -129,7 +129,11 @@ class _Model:
         ratio = -((z - t) ** 2) / 2 if z >= 0 else z * t - t**2 / 2
         upper = t + np.sqrt(-2 * ratio) if ratio < 0 else t
         mirrored = 2 * t - upper
-        lower = mirrored if mirrored >= 0 else (ratio + t**2 / 2) / t if t > 0 else -np.inf
+        lower = -np.inf
+        if mirrored >= 0:
+            lower = mirrored
+        elif t > 0:
+            lower = (ratio + t**2 / 2) / t
         return float(ndtr(lower - t) + ndtr(t - upper))
 
 

@@ -64,9 +64,8 @@ class ClassGradients:
     def quadratic_forms(self) -> np.ndarray:
         """Return ``v^T A v`` of each given vector and the parts A ``class``, ``cross_class`` and ``same_class`` ``(3, n)``."""
         squares = self.weights * self.projections**2  # (n, C, C)
-        sums = (self.weights * self.projections).sum(2) - np.einsum(
-            "cc,ncc->nc", self.weights, self.projections
-        )  # (n, C): of w_c times the class's mean
+        diagonals = np.einsum("cc,ncc->nc", self.weights, self.projections)  # (n, C)
+        sums = (self.weights * self.projections).sum(2) - diagonals  # (n, C): of w_c times the class's mean
         weights = np.where(self.class_weights > 0, self.class_weights, 1.0)
         return self._parts(squares, (sums**2 / weights).sum(1))
 

@@ -46,7 +46,11 @@ def count_outliers(eigenvalues: np.ndarray) -> OutlierCount:
     for j in range(n_places - 1, -1, -1):
         following = gaps[j + 1 :]
         mean, n = float(following.mean()), len(following)
-        ratio = gaps[j] / mean if mean > 0 else np.inf if gaps[j] > 0 else 0.0
+        ratio = 0.0
+        if mean > 0:
+            ratio = gaps[j] / mean
+        elif gaps[j] > 0:
+            ratio = np.inf
         p_value = min(1.0, float(n_places * (1 + ratio / n) ** -n))
         if p_value <= LEVEL:
             return OutlierCount(j + 1, float(np.exp(gaps[j])), p_value)

@@ -160,9 +160,8 @@ def elastic_transform(
     side = max(1, min(h, w) // 3)
     corners = np.array([h // 2, w // 2]) + side * np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     moved = corners + jitter * scale * rng.uniform(-1, 1, (3, 2))
-    affine = np.linalg.solve(
-        np.column_stack([moved, np.ones(3)]), corners
-    )  # [row, column, 1] @ affine: where it is read
+    # a pixel is read at [row, column, 1] @ affine
+    affine = np.linalg.solve(np.column_stack([moved, np.ones(3)]), corners)
     grid = np.moveaxis(np.mgrid[:h, :w].astype(np.float64), 0, -1)  # (h, w, 2)
     x = _read_at(x, grid @ affine[:2] + affine[2], "mirror")
     field = rng.uniform(-1, 1, (h, w, 2))

@@ -18,6 +18,8 @@ POOLINGS = ("none", "mean of positions", "first token", "mean of tokens", "flatt
 
 #: largest difference of a head's logits from the model's, relative to their magnitude
 _TOLERANCE = 1e-4
+#: exceptions of modules that do not fit to what they are given
+_MISFITS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,7 @@ def find_head(model: nn.Module, images: Inputs, taps: list[Tap]) -> Head | None:
             head = Head(tuple(modules), place, pooling, taps[last], x.shape[1], tuple(x.shape[2:]))
             try:
                 head_logits = head.apply(x, read.get("prefix"))[0]
-            except (
-                RuntimeError,
-                IndexError,
-                TypeError,
-                ValueError,
-                AssertionError,
-                NotImplementedError,
-            ):  # does not fit
+            except _MISFITS:
                 continue
             if head_logits.shape == logits.shape and _is_close(head_logits, logits):
                 return head

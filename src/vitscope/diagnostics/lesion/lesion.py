@@ -149,30 +149,25 @@ def lesion(
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
     units = chosen_units(probe, units)
     selected_lesions = chosen_lesions(units, removals)
-    # of each image: the whole model's value, then each change; and whether the answer before or after it is wrong
     one_answer = probe.objective.loss != "dense_cross_entropy"  # for each image; else a share of its pixels
-    losses, correct, wrong = RunningMean(), RunningMean(answers=one_answer), RunningMean(answers=one_answer)
+    totals = _Totals(one_answer)
     with probe.guard() as model:
         if bn == "recalibrate":
             rows = lesion_by_lesion(probe, model, selected_lesions)
         else:
             rows = batch_by_batch(probe, model, units if cache else [], selected_lesions, partial)
         with failing_together():
-            for pair in rows:
-                for total, values in zip((losses, correct), pair):  # (1 + n_lesions, B)
-                    values = torch.from_numpy(values.astype(np.float64))
-                    total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
-                right = torch.from_numpy(pair[1].astype(np.float64))
-                wrong.add(1 - (right * right[:1]).T)
-    check_any_image(losses)
-    nll, accuracy, either_wrong = estimates([losses, correct, wrong])
+            for losses, correct in rows:
+                totals.add(losses, correct)
+    check_any_image(totals.losses)
+    nll, accuracy, either_wrong = estimates([totals.losses, totals.correct, totals.wrong])
     if one_answer and not np.isnan(accuracy.mean[0]):
         half_width = where_enough_wrong(nll.half_width, either_wrong.mean * nll.count)
         nll = Estimate(nll.mean, half_width, nll.count)
-    undefined = (
-        {"accuracy": "targets are no classes"} if np.isnan(accuracy.mean[0]) and np.isfinite(nll.mean[0]) else {}
-    )
-    warn_nulls("lesion", few_images(nll.count) | undefined)
+    reasons = few_images(nll.count)
+    if np.isnan(accuracy.mean[0]) and np.isfinite(nll.mean[0]):
+        reasons |= {"accuracy": "targets are no classes"}
+    warn_nulls("lesion", reasons)
     first_units = [c.first for c in selected_lesions if c.removal == "branch_zero"]
     return LesionResult(
         **_fields(selected_lesions, nll, accuracy),
@@ -185,6 +180,28 @@ def lesion(
         bn=bn,
         card=probe.card(bn_policy=bn),
     )
+
+
+class _Totals:
+    """Sums over images: the whole model's value, then the change by each lesion.
+
+    Attributes:
+        losses: (1 + n_lesions,) of each image.
+        correct: (1 + n_lesions,) likewise.
+        wrong: (1 + n_lesions,) whether the answer before or after a lesion is wrong.
+    """
+
+    def __init__(self, one_answer: bool) -> None:
+        self.losses = RunningMean()
+        self.correct, self.wrong = RunningMean(answers=one_answer), RunningMean(answers=one_answer)
+
+    def add(self, losses: np.ndarray, correct: np.ndarray) -> None:
+        """Add the values of a batch, ``(1 + n_lesions, B)`` each."""
+        for total, values in ((self.losses, losses), (self.correct, correct)):
+            values = torch.from_numpy(values.astype(np.float64))
+            total.add(torch.cat([values[:1], values[1:] - values[:1]]).T)
+        is_right = torch.from_numpy(correct.astype(np.float64))
+        self.wrong.add(1 - (is_right * is_right[:1]).T)
 
 
 def _fields(selected_lesions: Sequence[Lesion], nll: Estimate, accuracy: Estimate) -> dict[str, Any]:

@@ -293,9 +293,10 @@ def _aligned(result: PatchPcaResult, reference: PatchPcaResult) -> PatchPcaResul
     """
     n, n_reference = len(result.scores[-1]), len(reference.scores[-1])
     if n != n_reference or not _show_same(result.images, reference.images):
+        difference = ", which differ" if n == n_reference else ""
         raise ValueError(
-            f"Expected a reference of the same images, received {n_reference} images beside {n}"
-            f"{', which differ' * (n == n_reference)}: measure both models on one probe's batches."
+            f"Expected a reference of the same images, received {n_reference} images beside {n}{difference}: measure both "
+            "models on one probe's batches."
         )
     goal, goal_mask = reference.scores[-1], reference.foreground_masks[-1]
     pairs = [rotation_to(s, mask, goal, goal_mask) for s, mask in zip(result.scores, result.foreground_masks)]

@@ -25,6 +25,7 @@ from vitscope.core.run_inputs import UntrainedModel
 from vitscope.core.tap import Tap, chosen_taps, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, field_pass, measure_fields
+from vitscope.runtime.text_layout import count_text
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
 from vitscope.stats.jackknife import jackknife_half_width
 
@@ -214,9 +215,10 @@ def effective_receptive_field(
     read_taps = chosen_taps(probe.taps, taps)
     options = (contribution, center, np.asarray(area_shares, dtype=np.float64))
     n_models = 1 if initial is None else 2
+    passes = count_text(n_models * len(read_taps), "backward pass", "backward passes")
+    models = "" if initial is None else "; and before training"
     _logger.info(
-        f"effective_receptive_field: {n_models * len(read_taps)} backward pass{'es' * (n_models * len(read_taps) > 1)} over "
-        f"the images ({', '.join(tap.name for tap in read_taps)}{'; and before training' * (initial is not None)})"
+        f"effective_receptive_field: {passes} over the images ({', '.join(tap.name for tap in read_taps)}{models})"
     )
     trained = measure_fields(probe, read_taps, *options)
     before = None if initial is None else measure_fields(*_initial_probe(probe, initial, read_taps), *options)

@@ -57,7 +57,7 @@ def token_norms(
         raise ValueError(f"Expected view to be one of all, {', '.join(curves)}, maps, received {view!r}.")
     if images < 1:
         raise ValueError(f"Expected at least one image, received {images}.")
-    drawn = [view] if view in curves else list(curves) if view == "all" else []
+    drawn = [name for name in curves if view in (name, "all")]
     if not any(len(result.attention_units) for result in results.values()):
         if view == "sinks":
             raise ValueError("Expected a result with attention for view='sinks', received none; pass view='norms'.")

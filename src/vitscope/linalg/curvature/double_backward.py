@@ -67,13 +67,17 @@ def _convolution(
     reach = [d * (size - 1) for d, size in zip(_each(dilation, n), weight.shape[2:])]
     if not is_supported or (padding == "same" and any(r % 2 for r in reach)):
         return NotImplemented
-    padding = [r // 2 for r in reach] if padding == "same" else 0 if padding == "valid" else padding
+    if padding == "same":
+        padding = [r // 2 for r in reach]
+    elif padding == "valid":
+        padding = 0
     return _Convolution.apply(x, weight, bias, *(_each(v, n) for v in (stride, padding, dilation)), groups)
 
 
 def _each(value: Any, n: int) -> list[int]:
     """Return one number an axis."""
-    return [value] * n if isinstance(value, int) else list(value) * (n if len(value) == 1 else 1)
+    values = [value] if isinstance(value, int) else list(value)
+    return values * n if len(values) == 1 else values
 
 
 class _Convolution(torch.autograd.Function):

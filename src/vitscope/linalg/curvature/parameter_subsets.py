@@ -176,23 +176,11 @@ def _mlps(layers: list[LayerCall]) -> list[list[LayerCall]]:
 
 
 def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, parts: _Parts) -> dict[str, Selection]:
+    """Return what a rule selects, by parameter name; a rule that selects nothing is refused."""
     what, _, value = rule.partition(":")
-    names = list(parameters)
     if what == "part":
-        if value not in PARTS:
-            raise ValueError(f"Expected a part to be one of {', '.join(PARTS)}, received {rule!r}.")
-        rows = parts.rows(value)
-        selections = {
-            name: Selection(None if len(rows[name]) == len(parameters[name]) else rows[name], (value,))
-            for name in names
-            if name in rows
-        }
-        if not selections:
-            where = "attention" if not value.startswith("mlp") else "layers of units of kind mlp"
-            raise ValueError(
-                f"Expected a model with {where} among its trainable parameters for {rule!r}, received one without."
-            )
-        return selections
+        return _rows_of_part(parameters, value, rule, parts)
+    names = list(parameters)
     if what in ("kind", "stage") and value:
         from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
@@ -211,6 +199,26 @@ def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, par
     return {name: Selection(None) for name in names if name in matches}
 
 
+def _rows_of_part(parameters: Mapping[str, Tensor], part: str, rule: str, parts: _Parts) -> dict[str, Selection]:
+    """Return the rows of parameters that belong to a part of attention or MLPs; None stands for all rows."""
+    if part not in PARTS:
+        raise ValueError(f"Expected a part to be one of {', '.join(PARTS)}, received {rule!r}.")
+    rows = parts.rows(part)
+    selections = {}
+    for name, p in parameters.items():
+        if name in rows:
+            is_whole = len(rows[name]) == len(p)
+            selections[name] = Selection(None if is_whole else rows[name], (part,))
+    if not selections:
+        where = "attention" if not part.startswith("mlp") else "layers of units of kind mlp"
+        raise ValueError(
+            f"Expected a model with {where} among its trainable parameters for {rule!r}, received one without."
+        )
+    return selections
+
+
 def subset_name(subset: Subset) -> str:
     """Return the subset as the objective card writes it."""
-    return subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)
+    if subset is None:
+        return "all"
+    return subset if isinstance(subset, str) else ", ".join(subset)

@@ -104,9 +104,8 @@ def batch_products(workload: Workload, options: Options, products: Count) -> lis
     checks = product_checks(workload, options)
     if keeps_graph(workload, options):
         return [Work(GRAPH, Count.exactly(n_batches), n), Work(PRODUCT, products.times(n_batches), n), *checks]
-    rebuilt = Work(
-        REBUILT_PRODUCT, products.times(n_batches), n, n_sharing=inf
-    )  # of the batch that the gradient has read
+    # of the batch that the gradient has read
+    rebuilt = Work(REBUILT_PRODUCT, products.times(n_batches), n, n_sharing=inf)
     return [Work(GRAPH, Count.exactly(n_batches), n), rebuilt, *checks]
 
 

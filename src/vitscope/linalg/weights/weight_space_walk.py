@@ -118,9 +118,8 @@ def points_on_segment(
     def move(t: float) -> None:
         for name, tensor in tensors.items():
             a, b = ends[name]
-            if t in (0.0, 1.0) or not (
-                a.is_floating_point() or a.is_complex()
-            ):  # lerp would carry one end's NaN to the other
+            is_whole = not a.is_floating_point() and not a.is_complex()
+            if t in (0.0, 1.0) or is_whole:  # lerp would carry one end's NaN to the other
                 tensor.copy_(a if t < 0.5 else b)
             elif a.layout != torch.strided:
                 tensor.copy_((1 - t) * a + t * b)

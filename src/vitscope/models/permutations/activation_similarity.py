@@ -113,9 +113,8 @@ def _activations(model: nn.Module, x: Tensor) -> list[Tensor]:
 
     def observe(tensor: Tensor, axis: int, label: Label) -> None:
         with torch.no_grad(), UnobservedFunctions():
-            observed_tensors.append(
-                tensor.detach().movedim(axis, -1).flatten(0, -2).clone()
-            )  # (..., n) to (n_positions, n)
+            # (..., n) to (n_positions, n)
+            observed_tensors.append(tensor.detach().movedim(axis, -1).flatten(0, -2).clone())
 
     run_recorded(model, x, observe, len(x))
     return observed_tensors

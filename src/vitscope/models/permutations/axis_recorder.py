@@ -114,10 +114,9 @@ class AxisRecorder(TorchFunctionMode):
         """Return the labels of the axes of a parameter or buffer."""
         if name not in self.axes_of_name:
             fixed = "" if name in self.saved_names else f"{name} is not in the state dict"
-            many = tensor.ndim > 1
+            origins = [f"{name}, axis {axis}" for axis in range(tensor.ndim)] if tensor.ndim > 1 else [name]
             self.axes_of_name[name] = tuple(
-                Label(size, f"{name}, axis {k}" if many else name, fixed) if size > 1 else None
-                for k, size in enumerate(tensor.shape)
+                Label(size, origin, fixed) if size > 1 else None for size, origin in zip(tensor.shape, origins)
             )
         return self.axes_of_name[name]
 

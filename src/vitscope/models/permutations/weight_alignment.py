@@ -16,7 +16,7 @@ from vitscope.core.guard.pass_comparison import output_tensors
 from vitscope.core.guard.trial_pass import first_that_runs, trial_images
 from vitscope.models.permutations.activation_similarity import ActivationSimilarity
 from vitscope.models.permutations.unit_matching import inner_product, match_similarities, match_weights
-from vitscope.models.permutations.unit_symmetry import unit_symmetry
+from vitscope.models.permutations.unit_symmetry import Permutations, unit_symmetry
 from vitscope.models.state_dicts import with_default_keys
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import NumericalError
@@ -111,11 +111,11 @@ def align_weights(
     state = _checked_state(model, model.state_dict() if target is None else target)
     state = {name: value.clone() for name, value in state.items()}
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
-    a, b = ({name: source[name] for name in names} for source in (state, moving))
-    if not all(bool(t.isfinite().all()) for t in (*a.values(), *b.values())):
+    weights, other_weights = ({name: source[name] for name in names} for source in (state, moving))
+    if not all(bool(t.isfinite().all()) for t in (*weights.values(), *other_weights.values())):
         raise NumericalError("alignment", method, "weights are not finite", "use alignment=none")
     if method == "weights":
-        matching = match_weights(symmetry, a, b, seed)
+        matching = match_weights(symmetry, weights, other_weights, seed)
     else:
         assert batches is not None
         with _replaceable(model, None) as load:
@@ -129,13 +129,18 @@ def align_weights(
     if not change <= LARGEST_CHANGE:
         problem = f"the permuted network's outputs differ by {change:.2g} of the largest"
         raise NumericalError("alignment", method, problem, "use alignment=none, and report this network")
-    squares = sum(float(t.double().square().sum()) for t in (*a.values(), *b.values()))
-    inner = [inner_product(symmetry, a, b, p) for p in (symmetry.identity(), permutations)]
+    squares = sum(float(t.double().square().sum()) for t in (*weights.values(), *other_weights.values()))
+
+    def distance(order: Permutations) -> float:
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a b
+        return max(squares - 2 * inner_product(symmetry, weights, other_weights, order), 0.0) ** 0.5
+
     return WeightAlignment(
-        permuted,
-        {key.origin: p for key, p in permutations.items()},
-        dict(symmetry.fixed),
-        *(max(squares - 2 * value, 0.0) ** 0.5 for value in inner),
+        state_dict=permuted,
+        permutations={label.origin: p for label, p in permutations.items()},
+        fixed=dict(symmetry.fixed),
+        distance_before=distance(symmetry.identity()),
+        distance_after=distance(permutations),
         n_moved=sum(int((p != torch.arange(p.shape[-1])).sum()) for p in permutations.values()),
         n_sweeps=matching.n_sweeps,
         converged=matching.converged,

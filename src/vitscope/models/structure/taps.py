@@ -76,9 +76,8 @@ def _taps(model: nn.Module, model_structure: FoundStructure, images: Tensor | No
     first = next((p for p in pieces if p.part.branch_in is not None), None)
     if first is not None and first.part.branch_in is not None:
         stream = replace(first.part.branch_in, module=first.block, at="input")
-        if (
-            first.parameters is not None
-        ):  # the pass has shown where the stream is, also before layers in front of the first unit
+        # the pass has shown where the stream is, also before layers in front of the first unit
+        if first.parameters is not None:
             stream = pieces[0].part.stream or first.part.stream or stream
         places.append(("stem", "stem", 0, stream, first))
     places.extend((p.name, p.part.kind, p.stage, p.part.after, p) for p in pieces if p.part.after is not None)

@@ -138,9 +138,8 @@ def post_activation(block: nn.Module) -> tuple[ResidualUnit, ...]:
 @parts.register(resnetv2.PreActBasic)
 @parts.register(resnetv2.PreActBottleneck)
 def _(block: resnetv2.PreActBasic) -> tuple[ResidualUnit, ...]:
-    norm = cast(
-        nn.Module, block.norm1
-    )  # a norm with its activation inside: the input of the latter is the norm's output
+    # a norm with its activation inside: the input of the latter is the norm's output
+    norm = cast(nn.Module, block.norm1)
     return (_conv(block, Read(_first(norm, "act"), "input"), Read(block.drop_path)),)
 
 

@@ -67,12 +67,8 @@ def read_input(trace: Trace, addition: Addition) -> Read | None:
     block = trace.nodes[addition.result].stack[-1]
     inside = [c for c in candidates if c.index == block or block in _ancestors(trace, c)]
     axes = trace.nodes[addition.source].axes
-    if axes.layout is None:
-        axes = (
-            _axes_at(trace, addition)
-            if trace.nodes[addition.source].shape == trace.nodes[addition.result].shape
-            else axes
-        )
+    if axes.layout is None and trace.nodes[addition.source].shape == trace.nodes[addition.result].shape:
+        axes = _axes_at(trace, addition)
     if inside:
         return _read(trace, inside[0], "input", axes)
     returning = [c for c in trace.calls if c.output == addition.source and c.index]
@@ -100,10 +96,9 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
     block = trace.calls[stack[-1]]
     axes = trace.nodes[result].axes
     if block.index and block.output >= 0 and block.output in _forward(trace, result, block.end):
-        out = trace.nodes[block.output]
-        return _read(
-            trace, block, "output", out.axes if out.axes.layout or out.shape != trace.nodes[result].shape else axes
-        )
+        output = trace.nodes[block.output]
+        is_reshaped = output.shape != trace.nodes[result].shape
+        return _read(trace, block, "output", output.axes if output.axes.layout or is_reshaped else axes)
     norm = _norm_of_stream(trace, result)
     if norm is not None:
         normalized_axes = trace.nodes[norm.output].axes
@@ -114,15 +109,24 @@ def read_sum(trace: Trace, result: int, blocks: Collection[int] = ()) -> Read | 
     returning = [c for c in trace.calls if c.output == result and c.index]
     if returning:
         return _read(trace, returning[-1], "output", axes)
+    read = _read_rearranged(trace, result)
+    if read is None and trace.nodes[result].op in ADDITIONS:
+        return _read_running(trace, result, axes)
+    return read
+
+
+def _read_rearranged(trace: Trace, result: int) -> Read | None:
+    """Return where a module takes or returns a map after functions that keep it; None where none does."""
     for user in sorted(_forward(trace, result, len(trace.nodes), _keeps_map)):
-        if (layout_axes := trace.nodes[user].axes).layout is None:
+        axes = trace.nodes[user].axes
+        if axes.layout is None:
             continue
-        for c in trace.calls:
-            if c.index and c.first_input == user:
-                return _read(trace, c, "input", layout_axes)
-            if c.index and c.output == user:
-                return _read(trace, c, "output", layout_axes)
-    return _read_running(trace, result, axes) if trace.nodes[result].op in ADDITIONS else None
+        for call in trace.calls:
+            if call.index and call.first_input == user:
+                return _read(trace, call, "input", axes)
+            if call.index and call.output == user:
+                return _read(trace, call, "output", axes)
+    return None
 
 
 def _norm_of_stream(trace: Trace, result: int) -> Call | None:
@@ -165,7 +169,9 @@ def _read_at(trace: Trace, call: Call, at: Literal["output", "input", "sum"], in
 
 def _n_images(node: Node, axes: Axes) -> int:
     """Return the length of the axis of images, by default the first one."""
-    return node.shape[axes.names.index("B") if "B" in axes.names else 0] if node.shape else 0
+    if not node.shape:
+        return 0
+    return node.shape[axes.names.index("B") if "B" in axes.names else 0]
 
 
 def _is_shown(trace: Trace, n_positions: int) -> bool:

@@ -132,12 +132,13 @@ def _places(
             places.setdefault(name, place)
     head: Place = ("head", max(c.stage for c in components) + 1)
     by_name: dict[str, Place] = {c.name: (c.part.kind, c.stage) for c in components}
-    union = trace.with_private_tables(set(body.owners))
+    placing = _Placing(trace, body, head, by_name, trace.with_private_tables(set(body.owners)))
     for name, users in trace.parameter_nodes.items():
         if name not in places:
-            place = _place(trace, body, [trace.nodes[i] for i in users], name, head, by_name, union)
+            node = trace.nodes[users[0]]
+            place = placing.place(node, name)
             if place is None:
-                uncovered.append(_unclear(name, _owner(trace, trace.nodes[users[0]]), trace.nodes[users[0]], body))
+                uncovered.append(_unclear(name, _owner(trace, node)))
             else:
                 places[name] = place
     unused = _place_unused(model, places, head, uncovered)
@@ -145,37 +146,64 @@ def _places(
     return {name: places[name] for name in order if name in places}, uncovered, unused
 
 
-def _place(
-    trace: Trace, body: Body, users: Sequence[Node], name: str, head: Place, by_name: dict[str, Place], union: set[int]
-) -> Place | None:
-    """Return the place of a parameter outside of units; None where none is certain."""
-    node = users[0]
-    precedes, follows = body.precedes(node), body.follows(node)
-    if not node.varying and node.index in union:  # a table that several units share
-        owner = next((body.owners[i] for i in sorted(body.owners) if trace.is_ancestor(node.index, i)), None)
-        return by_name[owner.name] if owner is not None else None
-    before = [unit for unit in body.units if trace.is_ancestor(unit.addition.result, node.index)]
-    if not precedes:
-        # the stream that it reads ends here, or there is a later unit on it: a second head in the middle
-        blocks = {call: unit for unit in body.units if (call := _returning_call(trace, unit)) is not None}
+@dataclass(frozen=True)
+class _Placing:
+    """Places of parameters outside of units, by the first function that uses them.
+
+    Attributes:
+        trace: The pass.
+        body: Its units and the layers between them.
+        head: Place of the head.
+        by_name: Place of each unit and layer between units.
+        tables: Nodes of units and of tables, made of parameters alone, that serve only units.
+    """
+
+    trace: Trace
+    body: Body
+    head: Place
+    by_name: dict[str, Place]
+    tables: set[int]
+
+    def place(self, node: Node, name: str) -> Place | None:
+        """Return the place of a parameter that a node uses; None where none is certain."""
+        if not node.varying and node.index in self.tables:
+            return self._place_of_table(node)
+        earlier_units = [u for u in self.body.units if self.trace.is_ancestor(u.addition.result, node.index)]
+        if not self.body.precedes(node):
+            return self._place_behind(node, earlier_units)
+        key = name.rpartition(".")[2]
+        if not self.body.follows(node) or key in TOKENS or key in _POSITIONS:
+            return ("stem", 0)
+        kind, stage = self.by_name[earlier_units[-1].name]
+        if node.op.startswith("conv"):
+            return ("conv", stage)
+        return ("mlp", stage) if node.op == "linear" else (kind, stage)
+
+    def _place_of_table(self, node: Node) -> Place | None:
+        """Return the place of the first unit that reads a table."""
+        owners = (self.body.owners[i] for i in sorted(self.body.owners) if self.trace.is_ancestor(node.index, i))
+        owner = next(owners, None)
+        return self.by_name[owner.name] if owner is not None else None
+
+    def _place_behind(self, node: Node, earlier_units: Sequence[TracedUnit]) -> Place | None:
+        """Return the place of a parameter on which no unit depends: the head, unless it stands in a block or beside the body."""
+        trace, units = self.trace, self.body.units
+        blocks = {call: unit for unit in units if (call := _returning_call(trace, unit)) is not None}
         inside = [blocks[call] for call in node.stack[1:] if call in blocks]
         if inside:  # what the block of a unit computes for the output alone
-            kind, stage = by_name[inside[-1].name]
+            kind, stage = self.by_name[inside[-1].name]
             if kind == "msa" and node.weight and not trace.is_ancestor(node.index, inside[-1].addition.result):
                 kind = "mlp" if node.op == "linear" else "conv"  # attention is in a unit, or reported as not covered
             return (kind, stage)
-        ends = before and not any(trace.is_ancestor(before[-1].addition.result, u.addition.result) for u in body.units)
-        after_last = all(i > body.last for i in _next_layers(trace, node))
-        if ends or after_last:
-            return head
-        return _place_beside(trace, body, node, by_name[before[-1].name] if before else ("stem", 0))
-    key = name.rpartition(".")[2]
-    if not follows or key in TOKENS or key in _POSITIONS:
-        return ("stem", 0)
-    latest = by_name[before[-1].name]
-    if node.op.startswith("conv"):
-        return ("conv", latest[1])
-    return ("mlp", latest[1]) if node.op == "linear" else latest
+        # the stream that it reads ends here, or there is a later unit on it: a second head in the middle
+        latest = earlier_units[-1] if earlier_units else None
+        goes_on = latest is not None and any(
+            trace.is_ancestor(latest.addition.result, unit.addition.result) for unit in units
+        )
+        ends_stream = latest is not None and not goes_on
+        if ends_stream or all(i > self.body.last for i in _next_layers(trace, node)):
+            return self.head
+        return _place_beside(trace, self.body, node, self.by_name[latest.name] if latest is not None else ("stem", 0))
 
 
 def _place_beside(trace: Trace, body: Body, node: Node, latest: Place) -> Place | None:
@@ -215,7 +243,7 @@ def _next_layers(trace: Trace, node: Node) -> set[int]:
     return layers or {node.index}
 
 
-def _unclear(name: str, owner: str, node: Node, body: Body) -> str:
+def _unclear(name: str, owner: str) -> str:
     where = "before the end of the last unit without an effect on its output, as in a second head or beside it"
     return f"parameter {name} of {owner} is used {where}"
 

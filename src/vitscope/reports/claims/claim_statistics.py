@@ -25,7 +25,7 @@ from vitscope.reports.claims.effect_sizes import (
 )
 from vitscope.reports.claims.matched_controls import has_attention, train_nll
 from vitscope.reports.run_entry import Entry
-from vitscope.reports.tables.headline_tables import SPECTRUM
+from vitscope.reports.tables.headline_columns import SPECTRUM
 from vitscope.runtime.errors import StorageError
 
 NEP = (SPECTRUM, "negative_eigenvalue_proportion")

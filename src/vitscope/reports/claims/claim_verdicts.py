@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from vitscope.reports.claims.claims import CLAIMS, Claim, ClaimStatistic
 from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.tables.table import Cell, Table
+from vitscope.runtime.text_layout import count_text
 from vitscope.stats.location_tests import LocationTests, fewest_values, location_tests, power, smallest_p
 from vitscope.stats.t_tests import LEVEL, Interval, holm, t_interval
 
@@ -314,8 +315,8 @@ def power_text(judged: Sequence[ClaimVerdict]) -> str:
     level = ALPHA / len(tested)
     texts = [_power_of(n, level) for n in dict.fromkeys((counts[0], counts[-1]))]
     return (
-        f"Power for a claim of one part and normal noise, at the first step of the correction over {len(tested)} "
-        f"claim{'s' * (len(tested) > 1)}: {'; '.join(texts)}. Claims of several parts have less."
+        "Power for a claim of one part and normal noise, at the first step of the correction over "
+        f"{count_text(len(tested), 'claim')}: {'; '.join(texts)}. Claims of several parts have less."
     )
 
 

@@ -106,7 +106,9 @@ def shared_conditions(curves: Sequence[Curve]) -> tuple[dict[str, Any], list[str
 
 
 def _value(number: float | None, is_recorded: bool) -> Value:
-    return Value(number) if number is not None else Value(None, FAILED if is_recorded else MISSING)
+    if number is not None:
+        return Value(number)
+    return Value(None, FAILED if is_recorded else MISSING)
 
 
 def _caption(measure: str) -> str:

@@ -31,6 +31,7 @@ from vitscope.reports.value_lookup import Selection
 from vitscope.runs import result_store
 from vitscope.runtime import atomic_write
 from vitscope.runtime.errors import StorageError
+from vitscope.runtime.text_layout import count_text
 
 #: resolution of figures on the page (CSS pixels per inch) and in their files (dots per inch)
 SHOWN_DPI, SAVED_DPI = 116, 300
@@ -208,7 +209,7 @@ def _card(curve: Curve, differing: Sequence[str]) -> dict[str, Any]:
 def _counts(entries: Sequence[Entry]) -> str:
     numbers = (len(entries), len({e.group for e in entries}), len({e.data_name for e in entries}))
     words = ("run", "experiment", "data set")
-    return ", ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in zip(numbers, words))
+    return ", ".join(map(count_text, numbers, words))
 
 
 def _says_something(table: Table) -> bool:

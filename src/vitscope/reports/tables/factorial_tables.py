@@ -145,9 +145,8 @@ def _factor_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
 def _cell(value: Interval | None, defined: bool = True, word: str = "", seeds: Sequence[int] = ()) -> Cell:
     if value is None:
         return Cell(MISSING, None, MISSING) if defined else Cell("–")
-    if (
-        1 < len(seeds) < LEAST_SEEDS
-    ):  # an interval over seeds that tells nothing; that of one seed is over something else
+    # an interval over few seeds tells nothing; that of one seed is over something else
+    if 1 < len(seeds) < LEAST_SEEDS:
         value = replace(value, half_width=math.nan, ends=None)
     if math.isfinite(value.mean):
         return Cell(interval_text(value, ".3g"), value)

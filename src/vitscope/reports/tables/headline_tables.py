@@ -3,94 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from vitscope.config.model_facts import UNRECORDED
-from vitscope.core.objective_card import ObjectiveCard
 from vitscope.models.alternet_layout import DEFAULT_MSA
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.run_entry import Entry
-from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds, seeds_text
+from vitscope.reports.tables import headline_notes
+from vitscope.reports.tables.headline_columns import METRIC, MODEL, TABLES, TITLES, Column
+from vitscope.reports.tables.table import Cell, Problem, Table, over_seeds
 from vitscope.reports.value_lookup import FAILED, MISSING, Selection, Value
-
-#: sources of a column's number besides measures: the metrics log, or the model itself
-METRIC, MODEL = "metric", "model"
-
-SPECTRUM = "hessian_max_eigenvalue_spectrum"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column.
-
-    Attributes:
-        title: Heading of the column.
-        source: ``metric``, ``model``, or a measure's name.
-        key: The metric, ``parameters`` or ``flops``, or the measure's scalar.
-        style: Format of its numbers.
-        optional: Left out where no run has the measure at all.
-    """
-
-    title: str
-    source: str
-    key: str
-    style: str = ".3f"
-    optional: bool = False
-
-    @property
-    def id(self) -> str:
-        """A name for files: the metric's, the measure's and its scalar's."""
-        return self.key if self.source in (METRIC, MODEL) else f"{self.source}/{self.key}"
-
-
-_COST = (Column("parameters", MODEL, "parameters", "si"), Column("FLOPs", MODEL, "flops", "si"))
-_TEST = (
-    Column("accuracy", METRIC, "test/accuracy"),
-    Column("NLL", METRIC, "test/nll"),
-    Column("ECE", METRIC, "test/ece"),
-)
-_CURVATURE = (
-    Column("NEP", SPECTRUM, "negative_eigenvalue_proportion"),
-    Column("APE", SPECTRUM, "average_positive_eigenvalue", ".4g"),
-)
-_ROBUST = Column("robust accuracy", "corruption", "mean_accuracy", optional=True)
-
-TITLES = {
-    "models": "Models",
-    "curvature": "Curvature and sharpness",
-    "robustness": "Robustness and calibration",
-    "buildup": "Build-up of AlterNet",
-}
-
-TABLES: Mapping[str, tuple[Column, ...]] = {
-    "models": (*_COST, *_TEST, _ROBUST, *(replace(column, optional=True) for column in _CURVATURE)),
-    "curvature": (
-        *_CURVATURE,
-        Column("NEP, k=1", SPECTRUM, "top1_negative_eigenvalue_proportion"),
-        Column("APE, k=1", SPECTRUM, "top1_average_positive_eigenvalue", ".4g"),
-        Column("max λ", SPECTRUM, "eigenvalue_max", ".4g"),
-        Column("min λ", SPECTRUM, "eigenvalue_min", ".4g"),
-        Column("max λ, all images", "hessian_eigenvalues", "eigenvalue_max", ".4g", optional=True),
-        Column("min λ, all images", "hessian_eigenvalues", "eigenvalue_min", ".4g", optional=True),
-        Column("trace", "hessian_trace", "trace", ".4g", optional=True),
-        Column("rise at r=.1", "sharpness", "rise_r0.1", ".4g", optional=True),
-        Column("worst rise at r=.1", "sharpness", "worst_rise_r0.1", ".4g", optional=True),
-    ),
-    "robustness": (
-        *_TEST,
-        Column("Brier", METRIC, "test/brier"),
-        _ROBUST,
-        Column("mCE (%)", "corruption", "mce", ".1f", optional=True),
-        Column("band noise, high − low", "frequency_noise_robustness", "high_minus_low", optional=True),
-        Column("FGSM 8/255", "adversarial", "fgsm_8_accuracy", optional=True),
-        Column("PGD 8/255", "adversarial", "pgd_8_accuracy", optional=True),
-        Column("ECE, T scaled", "calibration", "scaled_ece", optional=True),
-        Column("shape bias", "shape_bias", "shape_bias", optional=True),
-    ),
-    "buildup": (*_COST, *_TEST, *_CURVATURE, _ROBUST),
-}
 
 
 def build(
@@ -113,20 +35,11 @@ def build(
         labels: Names of rows, by run or by the name that the report gives an experiment.
         order: Names of the rows that come first.
     """
-    accepts = (
-        _in_build_up if name == "buildup" else (lambda entry: entry.trained or _has_any(entry, TABLES[name], selection))
-    )
-    groups = list(selection.groups(accepts).values())
-    if name == "buildup":
-        groups.sort(key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
+    groups = _groups(name, selection)
+    columns = _columns(name, groups, selection)
     row_names = [_row_name(_first(runs), labels or {}) for runs in groups]
     ranks = {row_name: rank for rank, row_name in enumerate(order)}
     ranked = sorted(zip(row_names, groups), key=lambda row: ranks.get(row[0], len(ranks)))
-    columns = [
-        c
-        for c in TABLES[name]
-        if (not c.optional or _is_measured(selection, c)) and (c.source != METRIC or _is_expected(groups, selection, c))
-    ]
     has_several_datasets = len({entry.data for runs in groups for entry in runs.values()}) > 1
     rows: list[tuple[Cell, ...]] = []
     problems: list[Problem] = []
@@ -147,10 +60,31 @@ def build(
         columns=(*head, *(c.title for c in columns)),
         ids=(*head, *(c.id for c in columns)),
         rows=tuple(rows),
-        note=_note(name, groups, columns, selection, any(cell.values for cells in rows for cell in cells)),
+        note=headline_notes.note(
+            name, groups, columns, selection, any(cell.values for cells in rows for cell in cells)
+        ),
         problems=tuple(dict.fromkeys(problems)),
         runs=tuple(run_rows),
     )
+
+
+def _groups(name: str, selection: Selection) -> list[Mapping[int, Entry]]:
+    """Return the runs of each row by seed: of the build-up its models in the order of their attention, else trained models."""
+    if name == "buildup":
+        groups = list(selection.groups(_in_build_up).values())
+        return sorted(groups, key=lambda runs: (_first(runs).data, sum(n_msa(_first(runs))), n_msa(_first(runs))))
+    groups = selection.groups(lambda entry: entry.trained or _has_any(entry, TABLES[name], selection))
+    return list(groups.values())
+
+
+def _columns(name: str, groups: Sequence[Mapping[int, Entry]], selection: Selection) -> list[Column]:
+    """Return the columns of a table without optional ones that nobody measured and metrics that nobody asked for."""
+    columns = []
+    for column in TABLES[name]:
+        is_wanted = not column.optional or _is_measured(selection, column)
+        if is_wanted and (column.source != METRIC or _is_expected(groups, selection, column)):
+            columns.append(column)
+    return columns
 
 
 def _run_rows(
@@ -176,11 +110,9 @@ def column_value(column: Column, entry: Entry, selection: Selection, costs: Cost
     if column.source == MODEL:
         cost = costs.of(entry)
         cost_value: Any = getattr(cost, column.key)
-        return (
-            Value(None, MISSING if cost.why == UNRECORDED else FAILED, cost.why)
-            if cost_value is None
-            else Value(float(cost_value))
-        )
+        if cost_value is not None:
+            return Value(float(cost_value))
+        return Value(None, MISSING if cost.why == UNRECORDED else FAILED, cost.why)
     return selection.scalar(entry, column.source, column.key)
 
 
@@ -248,99 +180,3 @@ def n_msa(entry: Entry) -> tuple[int, ...]:
     if entry.family != "alternet" or (node.get("mixer") or "msa") != "msa":
         return (0, 0, 0, 0)
     return tuple(node.get("n_msa") or DEFAULT_MSA.get(node.get("depth", 18), ()))
-
-
-def _note(
-    name: str,
-    groups: Sequence[Mapping[int, Entry]],
-    columns: Sequence[Column],
-    selection: Selection,
-    has_few_seeds: bool,
-) -> str:
-    if not groups:
-        if name == "buildup" or not any(entry.results for entry in selection.entries):
-            return "No run of a ResNet or an AlterNet that was trained here." if name == "buildup" else "No run."
-        return "No run that was trained here, or evaluated on the whole test split at this moment."
-    flops = " FLOPs: forward pass of one image, two for each multiply-add." if _COST[1] in columns else ""
-    robust = _robustness_note(groups, columns, selection)
-    newest = ", or the newest of a run that has none there" if selection.or_newest else ""
-    evaluations = {
-        m.card.n_images
-        for runs in groups
-        for entry in runs.values()
-        if not entry.trained and (m := selection.evaluation(entry, "test/accuracy")) is not None and m.card
-    }
-    if evaluations and _TEST[0] in columns:
-        counts_text = " or ".join(map(str, sorted(evaluations)))
-        newest += f"; accuracy and NLL of models that were not trained here: evaluation on {counts_text} test images"
-    seeds = seeds_text([len(runs) for runs in groups], has_few_seeds)
-    spectrum = (
-        " NEP: negative eigenvalue proportion; APE: average positive eigenvalue (top Hessian eigenvalues of mini-batches)."
-        if any(column.source == SPECTRUM for column in columns)
-        else ""
-    )
-    return f"{seeds}; measures at {selection.tag}{newest}.{flops}{spectrum}{robust}"
-
-
-#: measures of robustness by the words that a note has for their columns
-_ROBUSTNESS = {
-    "corruption": "Robust accuracy (mean over types and severities of corruption)",
-    "frequency_noise_robustness": "Band noise",
-    "adversarial": "FGSM and PGD",
-    "calibration": "ECE, T scaled",
-    "shape_bias": "Shape bias",
-}
-
-
-def _robustness_note(groups: Sequence[Mapping[int, Entry]], columns: Sequence[Column], selection: Selection) -> str:
-    """Return sentences that say which images each measure of robustness used, beside those of accuracy, NLL and ECE."""
-    sentences = []
-    sources = dict.fromkeys(column.source for column in columns if column.source in _ROBUSTNESS)
-    entries = [entry for runs in groups for entry in runs.values()]
-    for source in sources:
-        results = [measured for entry in entries if (measured := selection.measured(entry, source)[0]) is not None]
-        cards = [measured.card for measured in results if measured.card is not None]
-        if not cards:
-            continue
-        words = _ROBUSTNESS[source]
-        if source == "corruption" and not any(column.key == "mean_accuracy" for column in columns):
-            words = "Corruption"
-        sentences.append(f"{words}: on {_images_text(cards)}.")
-    if not sentences or not any(column in columns for column in _TEST):
-        return "".join(f" {sentence}" for sentence in sentences)
-    tested = " or ".join(sorted({_tested_text(entry) for entry in entries if entry.trained})) or "all test images"
-    titles = ", ".join(column.title for column in columns if column in _TEST)
-    return "".join(f" {sentence}" for sentence in [*sentences, f"{titles}: on {tested}."])
-
-
-def _images_text(cards: Sequence[ObjectiveCard]) -> str:
-    """Return in words which images results were measured on."""
-    folders = {str((card.options or {}).get("root")) for card in cards if (card.options or {}).get("root")}
-    if folders:  # a published set of corrupted images
-        largest = _range_text([int((card.options or {}).get("n_images") or card.n_images) for card in cards])
-        return f"at most {largest} published images a condition ({', '.join(Path(folder).name for folder in sorted(folders))})"
-    split = " and ".join(dict.fromkeys(card.split for card in cards))
-    if len({card.seed for card in cards}) > 1:
-        choice = ", other ones for each seed where the split has more"
-    else:
-        is_same = len({(card.split, card.n_images, str(card.data)) for card in cards}) == 1
-        choice = ", the same for every run" if is_same else ""
-    return f"{_range_text([card.n_images for card in cards])} {split} images{choice}"
-
-
-def _tested_text(entry: Entry) -> str:
-    """Return in words which test images a run's own test used."""
-    trainer = entry.config.get("trainer") or {}
-    limit, size = trainer.get("limit_test_batches"), (entry.config.get("data") or {}).get("eval_batch_size")
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return "all test images"
-    if isinstance(limit, float):
-        return f"a share of {limit:g} of the test images"
-    is_one_process = trainer.get("devices") in (1, "1") and trainer.get("num_nodes", 1) == 1
-    if is_one_process and isinstance(size, int):
-        return f"at most {limit * size:,} test images"
-    return f"at most {limit} batches of test images a process"
-
-
-def _range_text(numbers: Sequence[int]) -> str:
-    return " to ".join(f"{n:,}" for n in dict.fromkeys((min(numbers), max(numbers))))

@@ -87,12 +87,8 @@ def check_plain(value: Any, place: str) -> None:
     """
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            if type(key) not in (
-                str,
-                int,
-                float,
-                bool,
-            ):  # a number of numpy's is an instance of float and is not read back
+            # a number of numpy's is an instance of float and is not read back
+            if type(key) not in (str, int, float, bool):
                 raise CheckpointError(place, repr(key), f"a key of type {type(key).__name__}", "use text or numbers")
             check_plain(item, f"{place}.{key}")
     elif type(value) in (list, tuple, set):

@@ -84,7 +84,11 @@ def _refusal(path: Path, error: Exception) -> tuple[str, str]:
     if named is not None:
         return f"not a safe checkpoint (it names {named[1]}, which could execute code)", "save tensors and plain values"
     stated = _PICKLE_REASON.search(text)
-    reason = stated[1].strip() if stated else text.splitlines()[0] if text else type(error).__name__
+    reason = type(error).__name__
+    if stated:
+        reason = stated[1].strip()
+    elif text:
+        reason = text.splitlines()[0]
     return f"not a safe checkpoint ({reason[:160]})", "use another checkpoint"
 
 
