@@ -114,7 +114,7 @@ class Probe:
             probe = weak_self()
             return None if probe is None else next(probe.iter_batches(), None)
 
-        self._passes = PassChecks(self.model, self.objective, first_batch)
+        self._passes = PassChecks(self.model, self.objective, first_batch, self._format)
 
     def __repr__(self) -> str:
         """Return the model, the batches, the objective and the taps, as far as they are known without a pass."""
