@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from vitscope.core.checks.first_pass import UnlikelyInputWarning
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES, LABELS = torch.randn(6, 3, 4, 4, generator=GENERATOR), torch.arange(6) % 3

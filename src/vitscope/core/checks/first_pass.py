@@ -30,10 +30,6 @@ _LAYERS = frozenset({"conv2d", "linear"})
 _CLASSIFIERS = frozenset({"fc", "head", "heads", "classifier", "last_linear"})
 
 
-class UnlikelyInputWarning(UserWarning):
-    """The network, its outputs or the batches look unlike what the measure takes them for; the text says what and why."""
-
-
 class FirstPass(TorchFunctionMode):
     """Watch passes over the first batch, until the context is left.
 
@@ -135,7 +131,10 @@ class FirstPass(TorchFunctionMode):
         is_squashed = self._squashed is not None and _same_data(self._squashed, output)
         if self._loss in ("cross_entropy", "bce") and is_squashed:
             function = "softmax" if self._loss == "cross_entropy" else "sigmoid"
-            return f"are those of a sigmoid or softmax, and loss={self._loss!r} takes their {function} again: return logits, before it"
+            return (
+                f"are those of a sigmoid or softmax, and loss={self._loss!r} takes their {function} again: return logits, "
+                "before it"
+            )
         if self._loss == "cross_entropy" and output.ndim == 2 and output.data_ptr() in self._identities.values():
             (path, *_) = [path for path, data in self._identities.items() if data == output.data_ptr()]
             return (
@@ -180,8 +179,8 @@ def untracked_norms(model: nn.Module) -> list[str]:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [
-        f"BatchNorm {names[0]!r}{more} of {type(model).__name__} has trained weights, but running statistics of a new layer (mean 0, "
-        "variance 1), as where a checkpoint was loaded without buffers or weights were averaged: load them, update them "
+        f"BatchNorm {names[0]!r}{more} of {type(model).__name__} has trained weights, but running statistics of a new layer "
+        "(mean 0, variance 1), as where a checkpoint was loaded without buffers or weights were averaged: load them, update them "
         "(torch.optim.swa_utils.update_bn), or measure with bn='batch' where a measure has it"
     ]
 

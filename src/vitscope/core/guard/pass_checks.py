@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.batches.batch_inputs import Inputs
-from vitscope.core.checks.first_pass import N_ALONE, FirstPass, UnlikelyInputWarning, untracked_norms
+from vitscope.core.checks.first_pass import N_ALONE, FirstPass, untracked_norms
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 from vitscope.core.guard import probe_guard, repeatability
 from vitscope.core.guard.module_state import Place, empty_place, refilled_places
 from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
 from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
-from vitscope.core.losses.own_loss import check_mean_over_images, check_repeated_values
+from vitscope.core.losses.own_loss import check_form, check_mean_over_images, check_repeated_values
 from vitscope.core.objective import Objective
 from vitscope.core.sharding.sharded_parameters import LocalShard
 from vitscope.runtime import distributed
@@ -127,6 +128,7 @@ class PassChecks:
         assert callable(self.objective.loss)
         with torch.no_grad():
             outputs = self.model(x.clone())
+        check_form(self.objective.loss, outputs, y, self.model)
         check_repeated_values(self.objective.loss, outputs, y)
         if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == len(y) > 1:
             check_mean_over_images(self.objective.loss, outputs, y)
