@@ -224,7 +224,7 @@ def check_pass_count(make: Callable[[], nn.Module], name: str, options: dict[str
 def test_the_formula_counts_passes_over_validation_and_training_images() -> None:
     model, others = convnet(), batches(7, 4)
     cost = check_pass_count(lambda: model, "calibration", {"validation": vs.Probe(model, others)})
-    assert cost.forward_images.expected == 10 + 7 + 2 * (2 * 4 + 2)
+    assert cost.forward_images.expected == 10 + 7 + 2 * 2 * 4
     model = transformer()
     generator = torch.Generator().manual_seed(2)
     train = vs.Probe(model, [(torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 4)])

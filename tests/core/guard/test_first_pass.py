@@ -35,7 +35,9 @@ def notices(model: nn.Module, measure: str, x: Tensor = IMAGES, y: Tensor = LABE
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            with probe.guard(second_order=measure == "hessian", logits=measure != "maps") as inside:
+            with probe.guard(
+                second_order=measure == "hessian", moves_weights=measure == "moves", logits=measure != "maps"
+            ) as inside:
                 inside(x)
     return [str(w.message) for w in caught if issubclass(w.category, UnlikelyInputWarning)]
 
@@ -85,7 +87,7 @@ def test_raw_pixels_are_noticed_where_the_network_does_not_scale_them() -> None:
     assert notices(Small(), "accuracy", x=BYTES / 255) == []
 
 
-@pytest.mark.parametrize("measure", ["hessian", "accuracy", "maps"])
+@pytest.mark.parametrize("measure", ["hessian", "moves"])
 def test_outputs_that_depend_on_the_other_images_are_noticed(measure: str) -> None:
     (text,) = notices(Small(lambda z: z - z.mean(0)), measure)
     assert "depend on the other images of its batch:" in text
@@ -93,7 +95,10 @@ def test_outputs_that_depend_on_the_other_images_are_noticed(measure: str) -> No
     model = Small()
     model.norm = nn.BatchNorm2d(5, track_running_stats=False)
     (text,) = notices(model, measure)
-    assert "(norm has no running statistics)" in text
+    assert "('norm' has no running statistics): those of 2 images" in text
+    for measure_of_outputs in ("accuracy", "maps"):
+        (text,) = notices(model, measure_of_outputs)
+        assert "('norm' has no running statistics); what follows" in text
 
 
 def test_batch_statistics_that_were_asked_for_are_not_noticed() -> None:

@@ -19,7 +19,7 @@ from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.guard.pass_comparison import compare_passes
 from vitscope.runtime.torch_internals import BatchNormBase
 
-#: images that are evaluated alone, to see whether the others of their batch change their outputs
+#: images of the pass that shows which parameters count; it also shows whether the others of the batch change their outputs
 N_ALONE = 2
 
 #: functions whose results are probabilities
@@ -88,21 +88,30 @@ class FirstPass(TorchFunctionMode):
             )
         if self._kind:
             texts.append(f"the outputs of {name} {self._kind}")
-        pair = [t for t in (self._together, self._alone) if t is not None]
-        norms = [(path, m) for path, m in self._model.named_modules() if isinstance(m, BatchNormBase)]
-        if any(m.training for _, m in norms):  # statistics of the batch are asked for
-            return texts
-        if len(pair) == 2 and pair[0].shape == pair[1].shape and all(bool(t.isfinite().all()) for t in pair):
-            difference, _ = compare_passes(self._model, pair[:1], pair[1:], False, self._x)
-            if difference > torch.finfo(pair[1].dtype).eps ** 0.5:
-                without = [path for path, m in norms if m.running_mean is None]
-                where = f" ({without[0]} has no running statistics)" if without else ""
-                texts.append(
-                    f"the outputs of {name} for an image depend on the other images of its batch{where}: those of {N_ALONE} "
-                    f"images change by {difference:.1g} of their size without the other {len(self._x) - N_ALONE}; what follows "
-                    "holds for batches of this size alone"
-                )
+        if coupling := self._coupling():
+            texts.append(
+                f"the outputs of {name} for an image depend on the other images of its batch{coupling}; what follows "
+                "holds for batches of this size alone"
+            )
         return texts
+
+    def _coupling(self) -> str:
+        """Return how the images of a batch influence each other, where they do and no statistics of the batch are asked for."""
+        norms = [(path, m) for path, m in self._model.named_modules() if isinstance(m, BatchNormBase)]
+        if any(m.training for _, m in norms):
+            return ""
+        without = [path for path, m in norms if m.running_mean is None]
+        reason = f" ({without[0]!r} has no running statistics)" if without else ""
+        pair = [t for t in (self._together, self._alone) if t is not None]
+        if len(pair) < 2 or pair[0].shape != pair[1].shape or not all(bool(t.isfinite().all()) for t in pair):
+            return reason
+        difference, _ = compare_passes(self._model, pair[:1], pair[1:], False, self._x)
+        if difference <= torch.finfo(pair[1].dtype).eps ** 0.5:
+            return ""
+        n_others = len(self._x) - N_ALONE
+        return (
+            f"{reason}: those of {N_ALONE} images change by {difference:.1g} of their size without the other {n_others}"
+        )
 
     def _note_identity(self, path: str, output: Any) -> None:
         if isinstance(output, Tensor):

@@ -72,8 +72,8 @@ def guard_checks(
 ) -> list[Work]:
     """Return the passes by which `Probe.guard` looks whether the model repeats itself, over the first batch.
 
-    Two passes are compared; where the model seems to keep tables that it makes of its weights, one more finds them. A pass with
-    two images shows whether the others of the batch count and, where the weights do, those that the outputs do not depend on.
+    Two passes are compared; where the model seems to keep tables that it makes of its weights, one more finds them. Where the
+    weights count, a pass with two images finds those that the outputs do not depend on.
 
     Args:
         workload: What is measured.
@@ -88,9 +88,7 @@ def guard_checks(
 
     tables = check(EVALUATION, Count(0, 0, 1), n)
     works = [tables, check(GRADIENT if second_order else EVALUATION, Count.exactly(2), n)]
-    if moves_weights or second_order:
-        return [*works, check(GRADIENT, Count.exactly(1), min(2, n))]
-    return [*works, check(EVALUATION, Count.exactly(1), 2)] if n > 2 else works
+    return [*works, check(GRADIENT, Count.exactly(1), min(2, n))] if moves_weights or second_order else works
 
 
 def independence_checks(workload: Workload, n_at_once: int = 2) -> list[Work]:

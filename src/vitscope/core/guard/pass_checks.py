@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.batches.batch_inputs import Inputs
-from vitscope.core.checks.first_pass import N_ALONE, FirstPass, untracked_norms
+from vitscope.core.checks.first_pass import FirstPass, untracked_norms
 from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 from vitscope.core.guard import probe_guard, repeatability
 from vitscope.core.guard.module_state import Place, empty_place, refilled_places
@@ -112,9 +112,6 @@ class PassChecks:
             self._check_loss(x, y)
         with FirstPass(self.model, x, self._format, self.objective.loss if uses_loss else None) as first_pass:
             check = repeatability.examine(self.model, x, y, self.objective if gradient else None, moves_weights)
-            if not (gradient or moves_weights or check.random) and len(x) > N_ALONE:  # otherwise made already
-                with torch.no_grad():
-                    self.model(x[:N_ALONE].clone())
         self._give([*untracked_norms(self.model), *([] if check.random else first_pass.notices())])
         return check
 
