@@ -113,6 +113,7 @@ def test_shifted_windows_are_put_back_in_place() -> None:
     np.testing.assert_allclose(pixel.maps[1].reshape(4, 2, 64), full[:, :, 7], rtol=1e-9, atol=1e-30)
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm:UserWarning")  # random weights, new statistics
 def test_grid_attention_of_maxvit_looks_at_strided_positions() -> None:
     attention_options = MaxxVitTransformerCfg(dim_head=4, window_size=(2, 2), grid_size=(2, 2))
     cfg = MaxxVitCfg((8,), (1,), ("M",), stem_width=8, transformer_cfg=attention_options)

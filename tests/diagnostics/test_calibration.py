@@ -138,6 +138,7 @@ def test_an_analysis_fits_the_temperature_on_the_validation_split(tmp_path: Path
     assert abs(slope.item()) < 1e-5  # the network's logits are float32, in batches of another size
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")  # logits that sum to 1
 def test_temperature_without_optimum_is_held_and_said() -> None:
     logits = torch.eye(4).repeat(5, 1)
     labels = torch.arange(4).repeat(5)

@@ -248,6 +248,7 @@ class Centered(nn.Module):
         return x - 0.5 * x.mean(0, keepdim=True)
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")  # noticed, then refused
 @pytest.mark.parametrize(
     ("layer", "text"),
     [

@@ -54,6 +54,7 @@ def test_l2_surfaces_are_those_of_the_moved_weights():
         assert r.l2_sum_norm[i, j] == pytest.approx(float(probe.objective.l2_sum_norm(moved)), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")  # logits that sum to 1
 def test_orthogonal_directions_give_the_closed_form_of_sum_norm():
     """A + B sqrt(1 + r^2): the released surface measures the distance from the origin, not the loss."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2)).double()

@@ -9,6 +9,9 @@ from torch import nn
 import vitscope as vs
 from vitscope.core.undefined_values import NullWarning
 
+# answers are rows that sum to 1
+pytestmark = pytest.mark.filterwarnings("ignore:the outputs of .* are probabilities:UserWarning")
+
 
 class Answers(nn.Module):
     """Reads its answer from the image itself: pixel 0 is the class, a negative one makes the logits NaN."""

@@ -40,6 +40,9 @@ KEEP_SHARDS = frozenset({"hessian_eigenvalues", "hessian_trace", "spectral_densi
 #: mean over all batches and ``n_top`` of each
 EQUIVALENT = ("k", "n_top")
 
+#: arguments of measures that are probes
+_PROBES = frozenset({"probe", "other", "train", "validation"})
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -58,6 +61,7 @@ def record_options(measure: Callable[P, R]) -> Callable[P, R]:
     def recording(*args: P.args, **kwargs: P.kwargs) -> R:
         _rename_equivalent(kwargs, parameters)
         probe = args[0] if args else kwargs.get("probe")
+        _check_probes(measure, args, kwargs)
         is_whole = keeps_shards or not isinstance(probe, Probe)
         with nullcontext() if is_whole else plain_weights(cast(Probe, probe).model):
             return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
@@ -65,6 +69,24 @@ def record_options(measure: Callable[P, R]) -> Callable[P, R]:
     # Python 3.14 copies what computes annotations, which is None where a decorator has set them (`curvature_arguments`)
     recording.__annotations__ = measure.__annotations__
     return recording
+
+
+def _check_probes(measure: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a model, a list of batches or a run in place of a probe, as the first argument and wherever a probe is taken.
+
+    Raises:
+        ValueError: another object.
+    """
+    name = getattr(measure, "__name__", "the measure")
+    probes = {"probe": args[0]} if args else {}
+    probes |= {key: value for key, value in kwargs.items() if key in _PROBES}
+    for key, value in probes.items():
+        if isinstance(value, nn.Module | list | tuple | str | PathLike):
+            fix = "vs.Probe(model, batches, vs.Objective())"
+            fix += ", or vs.load_probe of a run" if key == "probe" else " of the same images" if key == "other" else ""
+            raise ValueError(
+                f"Expected {key} of vs.{name} to be a vs.Probe, received {type(value).__name__}: pass {fix}."
+            )
 
 
 def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> None:

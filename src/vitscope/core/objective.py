@@ -47,7 +47,7 @@ class Objective:
 
     Raises:
         ValueError: an unknown form or loss, a negative or non-finite factor, ``adamw`` without ``decay_scale``, or
-            label smoothing of a callable.
+            a loss that is a class, or label smoothing of a callable.
     """
 
     weight_decay: NonNegativeFloat = 0.0
@@ -58,6 +58,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Refuse values that no objective can have."""
+        for name in ("weight_decay", "label_smoothing"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"Expected {name} to be a number, received the text {getattr(self, name)!r}.")
+        if isinstance(self.loss, type):
+            name = self.loss.__name__
+            raise ValueError(
+                f"Expected loss to be a function, received the class {name}: pass an object of it, {name}()."
+            )
         if self.l2 not in L2_FORMS:
             raise ValueError(f"Expected l2 to be one of {', '.join(L2_FORMS)}, received {self.l2!r}.")
         if not 0.0 <= self.weight_decay < float("inf"):

@@ -34,6 +34,7 @@ from vitscope.core.optimizer_state import OptimizerState
 from vitscope.core.results.result_text import html_of, probe_facts, text_of
 from vitscope.core.sharding.sharded_parameters import plain_weights
 from vitscope.core.structure_lookup import structure_reader
+from vitscope.core.tap import refuse_other_taps
 from vitscope.runtime import distributed
 
 
@@ -60,8 +61,8 @@ class Probe:
             mapping with its keys. They stay with the model until others are passed; None leaves them as they are.
 
     Raises:
-        ValueError: a one-shot iterator, no batch, a model that is not a module, or an ``objective``, ``output``, ``forward`` or
-            ``targets`` of another type.
+        ValueError: a one-shot iterator, no batch, a model that is not a module, or ``taps``, ``objective``, ``output``,
+            ``forward`` or ``targets`` of another type.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Probe:
             raise ValueError(
                 "Expected batches that can be gone through again (a list of (x, y)), received an iterator: list() it."
             )
+        refuse_other_taps(taps or ())
         self.model = unwrapped(model)
         if structure is not None:
             structure_reader().declare_units(self.model, structure)
@@ -114,7 +116,7 @@ class Probe:
             probe = weak_self()
             return None if probe is None else next(probe.iter_batches(), None)
 
-        self._passes = PassChecks(self.model, self.objective, first_batch)
+        self._passes = PassChecks(self.model, self.objective, first_batch, self._format)
 
     def __repr__(self) -> str:
         """Return the model, the batches, the objective and the taps, as far as they are known without a pass."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -68,6 +68,22 @@ class Tap:
         texts = {f.name: repr(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default}
         texts["module"] = type(self.module).__name__
         return f"Tap({', '.join(f'{name}={text}' for name, text in texts.items() if name != 'order')})"
+
+
+def refuse_other_taps(taps: Iterable[Any]) -> None:
+    """Check that what a probe is given as taps are none of names and modules.
+
+    Raises:
+        ValueError: one is a text or a module.
+    """
+    for tap in taps:
+        if isinstance(tap, str | nn.Module) or isinstance(getattr(tap, "module", None), str):
+            what = repr(tap) if isinstance(tap, str) else f"a {type(tap).__name__}"
+            what += f" whose module is the text {tap.module!r}" if isinstance(tap, Tap) else ""
+            raise ValueError(
+                f"Expected taps to be a list of vs.Tap with a module each, received {what}: choose some of vs.taps(model), "
+                "[tap for tap in vs.taps(model) if tap.name == ...]."
+            )
 
 
 Kind = Literal["stem", "conv", "msa", "mlp", "pool", "head"]

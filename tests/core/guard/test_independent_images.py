@@ -53,6 +53,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"centered": lambda: Centered(Blo
 CASES = [(name, measure) for name in NETWORKS for measure in MEASURES if name == "centered" or "field" not in measure]
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")  # the notice of a measure that takes whole batches
 @pytest.mark.parametrize(("name", "measure"), CASES)
 def test_networks_whose_images_influence_each_other_are_refused(name: str, measure: str) -> None:
     probe = vs.Probe(NETWORKS[name]().double().eval(), [(IMAGES, Y)])
@@ -60,6 +61,7 @@ def test_networks_whose_images_influence_each_other_are_refused(name: str, measu
         MEASURES[measure](probe)
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")
 def test_gradients_of_attention_are_left_out() -> None:
     text = r"null for gradient_rollout \(.*depends on that image alone for gradients of attention maps"
     with pytest.warns(NullWarning, match=text):

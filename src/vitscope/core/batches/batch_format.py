@@ -80,6 +80,11 @@ class BatchFormat:
         """
         if isinstance(batch, Mapping):
             return self._split_mapping(index, batch)
+        if isinstance(batch, Tensor):
+            raise ValueError(
+                f"Expected batch {index} to be a pair (x, y), received a Tensor {tuple(batch.shape)}: pass a list of pairs, "
+                "[(x, y)] for one batch."
+            )
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise ValueError(
                 f"Expected batch {index} to be a pair (x, y), received {described_value(batch)}: make pairs, "
@@ -218,9 +223,12 @@ class BatchFormat:
 
 def _tensor(name: str, index: int, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise ValueError(
-            f"Expected {name} of batch {index} to be a tensor, received {described_value(value)}: use torch.as_tensor."
-        )
+        fix = "use torch.as_tensor"
+        if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float):
+            fix = (
+                "make one tensor of them, torch.stack(list(...)) of tensors, after torchvision's ToTensor() for images"
+            )
+        raise ValueError(f"Expected {name} of batch {index} to be a tensor, received {described_value(value)}: {fix}.")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vitscope.core.batches.batch_inputs import BatchInputs, tensors_of
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 
 Fingerprint = tuple[tuple[int, ...], str, int]
 
@@ -84,6 +86,10 @@ class SeenBatches:
         self._first: dict[int, tuple[Fingerprint | None, ...]] = {}
         self._tensors: dict[int, list[tuple[weakref.ref[Tensor], int]]] = {}
         self._length: int | None = None
+        self._places: dict[
+            tuple[Fingerprint | None, ...], int
+        ] = {}  # the first batch of each set of inputs and targets
+        self._has_warned = False
 
     def checked(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches.
@@ -123,6 +129,7 @@ class SeenBatches:
             return
         fingerprints = tuple(None if t.is_meta else fingerprint(t) for t in tensors)
         first = self._first.setdefault(index, fingerprints)
+        self._warn_of_copies(index, first)
         if fingerprints != first:
             names = [name for name, a, b in zip(_names(batch), fingerprints, first) if a != b]
             raise ValueError(
@@ -130,6 +137,17 @@ class SeenBatches:
                 f"{index} than on the first pass: {_FIX}"
             )
         self._tensors[index] = [(weakref.ref(t), version(t)) for t in tensors]
+
+    def _warn_of_copies(self, index: int, fingerprints: tuple[Fingerprint | None, ...]) -> None:
+        place = self._places.setdefault(fingerprints, index)
+        if place != index and fingerprints and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"batches {place} and {index} hold the same images and targets, bit for bit, as "
+                "[next(iter(loader)) for _ in range(n)] makes them: they count as further images, and intervals are too narrow",
+                UnlikelyInputWarning,
+                stacklevel=5,
+            )
 
 
 def _names(batch: Any) -> list[str]:

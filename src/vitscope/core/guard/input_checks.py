@@ -148,9 +148,10 @@ class CheckedBatches:
     def __init__(self, batches: Any, checks: InputChecks) -> None:
         self.source = batches.source if isinstance(batches, CheckedBatches) else batches
         if not isinstance(self.source, Iterable) or isinstance(self.source, Tensor | Mapping | str):
-            raise ValueError(
-                f"Expected batches [(x, y), ...], received {described_value(self.source)}: pass a list of pairs of tensors."
-            )
+            fix = "pass a list of pairs of tensors"
+            if hasattr(self.source, "__getitem__") and hasattr(self.source, "__len__"):
+                fix = "a data set of single images needs a loader, torch.utils.data.DataLoader(dataset, batch_size=...)"
+            raise ValueError(f"Expected batches [(x, y), ...], received {described_value(self.source)}: {fix}.")
         self._checks = checks
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.checks.outside_tensors import outside_tensors
 from vitscope.core.guard.pass_comparison import output_tensors
 from vitscope.core.guard.substituted_call import substituted_call
 
@@ -17,8 +18,13 @@ from vitscope.core.guard.substituted_call import substituted_call
 MASK_TOKENS = frozenset({"mask_token", "mask_tokens"})
 
 
-def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of trainable parameters without an effect on the outputs: those that may be cut off, and unused ones.
+def ineffective_parameters(
+    model: nn.Module, x: Inputs, values: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return trainable parameters without an effect on the outputs, and trainable tensors with one that are no parameters.
+
+    The first two are the names of parameters that may be cut off and of unused ones; the third the shapes of tensors that require
+    gradients, such as those of layers in a Python list.
 
     The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
     is no function of these copies: a parameter of a module that runs counts as cut off. It is unused if its module does not run,
@@ -45,7 +51,8 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
     if (
         not ends and not values
     ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
-        return (), ()
+        return (), (), ()
+    outside = outside_tensors(ends, [*copies.values(), *model.parameters()])
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
     ineffective = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
@@ -66,7 +73,8 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> tuple[t
         return not values and _is_effective(model, moved[name], x)
 
     cut_off = tuple(name for name in ineffective if is_cut_off(name))
-    return cut_off, tuple(name for name in ineffective if name not in cut_off)
+    shapes = tuple(str(tuple(t.shape)) for t in outside)
+    return cut_off, tuple(name for name in ineffective if name not in cut_off), shapes
 
 
 def _note_outputs(running: dict[nn.Module, list[Any]], module: nn.Module, output: Any) -> None:

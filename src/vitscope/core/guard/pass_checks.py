@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.batches.batch_inputs import Inputs
+from vitscope.core.checks.first_pass import FirstPass, untracked_norms
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 from vitscope.core.guard import probe_guard, repeatability
 from vitscope.core.guard.module_state import Place, empty_place, refilled_places
 from vitscope.core.guard.random_passes import RepeatedPasses, drawing_passes
 from vitscope.core.guard.repeatability import Repeatability, warn_of_draws, worst_of
-from vitscope.core.losses.own_loss import check_mean_over_images, check_repeated_values
+from vitscope.core.losses.own_loss import check_form, check_mean_over_images, check_repeated_values
 from vitscope.core.objective import Objective
 from vitscope.core.sharding.sharded_parameters import LocalShard
 from vitscope.runtime import distributed
@@ -31,10 +35,15 @@ class PassChecks:
         model: inside a guard, in eval mode, whenever a method is called.
         objective: the objective whose data term is differentiated.
         first_batch: reads the probe's first batch; None without one.
+        batch_format: form of the batches.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, first_batch: FirstBatch) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, first_batch: FirstBatch, batch_format: BatchFormat
+    ) -> None:
         self.model, self.objective, self._first_batch = model, objective, first_batch
+        self._format = batch_format
+        self._notices: set[str] = set()  # each is given once
         self._tables: dict[Place, str] | None = None
         self._repeatability: dict[str, Repeatability] = {}
         self._is_loss_checked = not callable(objective.loss)
@@ -105,12 +114,22 @@ class PassChecks:
         self._empty_tables()
         if uses_loss and not self._is_loss_checked:
             self._check_loss(x, y)
-        return repeatability.examine(self.model, x, y, self.objective if gradient else None, moves_weights)
+        with FirstPass(self.model, x, self._format, self.objective.loss if uses_loss else None) as first_pass:
+            check = repeatability.examine(self.model, x, y, self.objective if gradient else None, moves_weights)
+        self._give([*untracked_norms(self.model), *([] if check.random else first_pass.notices())])
+        return check
+
+    def _give(self, notices: list[str]) -> None:
+        for text in notices:
+            if text not in self._notices:
+                self._notices.add(text)
+                warnings.warn(text, UnlikelyInputWarning, stacklevel=6)
 
     def _check_loss(self, x: Inputs, y: Tensor) -> None:
         assert callable(self.objective.loss)
         with torch.no_grad():
             outputs = self.model(x.clone())
+        check_form(self.objective.loss, outputs, y, self.model)
         check_repeated_values(self.objective.loss, outputs, y)
         if isinstance(outputs, Tensor) and outputs.ndim and len(outputs) == len(y) > 1:
             check_mean_over_images(self.objective.loss, outputs, y)

@@ -216,7 +216,13 @@ def modes(model: nn.Module, bn: str) -> Iterator[None]:
     before = [(m, m.training) for m in model.modules()]
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     tracked = [(m, m.track_running_stats) for m in norms]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:  # of torch.export
+        raise ValueError(
+            f"Expected modules of Python code, received {type(model).__name__} whose mode cannot be set ({error}), as those of "
+            "torch.export: pass the nn.Module that it was made from."
+        ) from error
     try:
         if bn == "batch":
             for norm in norms:  # training without tracking: batch statistics, buffers neither read nor written

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitscope.core.batches.batch_inputs import Inputs
 from vitscope.core.checks.cut_gradients import CutValues, is_large_gap, slope_gap
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 from vitscope.core.guard.fingerprints import Fingerprint, fingerprint
 from vitscope.core.guard.module_state import pure_forward
 from vitscope.core.guard.parameter_use import ineffective_parameters
@@ -34,6 +35,7 @@ class Repeatability:
         written: parameters that a pass writes to.
         unread: trainable parameters of modules that run, from which the outputs may be cut off.
         unused: trainable parameters that the outputs in eval mode do not use.
+        outside: shapes of tensors that require gradients, count in the outputs, and are no parameters of the model.
         drew: whether these passes drew random numbers, seen in their outputs or not.
         cut: modules that use values without their derivatives, where the loss's slope shows it.
         gap: difference between the slope of the loss along its gradient and the gradient's length, as a share.
@@ -45,6 +47,7 @@ class Repeatability:
     written: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     drew: bool = False
     cut: tuple[str, ...] = ()
     gap: float = 0.0
@@ -78,7 +81,15 @@ class Repeatability:
                 UnusedParametersWarning,
                 stacklevel=4,
             )
-
+        if self.outside:
+            more = f" and {len(self.outside) - 3} more" if len(self.outside) > 3 else ""
+            warnings.warn(
+                f"the outputs depend on tensors that require gradients and are no parameters of the model, of shapes "
+                f"{', '.join(self.outside[:3])}{more}: no derivative is taken by them and they are never moved; keep layers in "
+                "an nn.ModuleList and tensors in an nn.Parameter, or call requires_grad_(False) on them",
+                UnlikelyInputWarning,
+                stacklevel=4,
+            )
         if self.cut:
             more = f" and {len(self.cut) - 3} more" if len(self.cut) > 3 else ""
             warnings.warn(
@@ -144,11 +155,11 @@ def examine(
     """
     weights = _identities(model)
     states = RandomStates(x.device, model)
-    unread, unused = (), ()
+    unread, unused, outside = (), (), ()
     with pure_forward(model):
         if objective is not None or moves_weights:
             try:
-                unread, unused = ineffective_parameters(model, x[:2], values=objective is None)
+                unread, unused, outside = ineffective_parameters(model, x[:2], values=objective is None)
             except Exception:
                 model(x)  # where the whole batch fails too, its error names the shape that the user knows
                 raise
@@ -164,7 +175,7 @@ def examine(
         has_gradient = objective is not None and len(first) > 1 and first[-1].ndim == 1 and not (names or written)
         gap = slope_gap(model, x, y, objective, first[-1]) if objective and has_gradient and cut.names else 0.0
     cut_modules = tuple(cut.names) if is_large_gap(gap) else ()
-    return Repeatability(names, difference, bound, written, unread, unused, drew, cut_modules, gap)
+    return Repeatability(names, difference, bound, written, unread, unused, outside, drew, cut_modules, gap)
 
 
 def _evaluated(model: nn.Module, x: Inputs, y: Tensor, objective: Objective | None) -> list[Tensor]:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitscope.core.checks.outside_tensors import leaves_of
 from vitscope.core.guard import probe_guard
 from vitscope.core.guard.fingerprints import fingerprint
 from vitscope.core.losses.targets import labeled
@@ -130,6 +132,39 @@ def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
             f"{whole:.6g} at once and {total:.6g} in two parts: return one value an image (B,), which depends on "
             "that image alone."
         )
+
+
+def check_form(loss: OwnLoss, outputs: Any, y: Tensor, model: nn.Module) -> None:
+    """Check on one batch that a loss is one of the outputs alone, and that they are what a loss of torch takes them for.
+
+    Args:
+        loss: a callable.
+        outputs: outputs of the network, without a graph.
+        y: targets of the same images.
+        model: the network.
+
+    Raises:
+        ValueError: the loss uses parameters of the network by itself, or takes the outputs for log probabilities, which they are
+            not.
+    """
+    with torch.enable_grad():
+        values = values_of(loss, outputs, y)
+    leaves = {id(leaf) for leaf in leaves_of([values])}
+    names = [name for name, p in model.named_parameters() if id(p) in leaves]
+    if names:
+        raise ValueError(
+            f"Expected a loss of outputs and targets alone, received {described(loss)}, which also uses the model's "
+            f"{names[0]!r}: an L2 term is vs.Objective(weight_decay=..., l2=...), and another penalty belongs to what the "
+            "model returns."
+        )
+    is_nll = isinstance(loss, nn.NLLLoss) or loss is F.nll_loss
+    if is_nll and isinstance(outputs, Tensor) and outputs.ndim > 1:
+        excess = float(outputs.double().logsumexp(1).abs().max())
+        if excess > 1e-2:
+            raise ValueError(
+                f"Expected log probabilities with {described(loss)}, received outputs whose exponentials do not sum to 1 (their "
+                f"logarithm differs from 0 by {excess:.2g}): return z.log_softmax(1), or use loss='cross_entropy' with logits z."
+            )
 
 
 @contextmanager
