@@ -267,30 +267,40 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     Returns:
         By digest; no two names are equal.
     """
-    named: dict[str, list[str]] = {}
-    for key, cfg in configs.items():
-        named.setdefault(short_name(cfg), []).append(key)
+    digests_of: dict[str, list[str]] = {}
+    for experiment, cfg in configs.items():
+        digests_of.setdefault(short_name(cfg), []).append(experiment)
     labels: dict[str, str] = {}
-    for name, digests in named.items():
-        facts = _with_recipes([configs[d] for d in digests])
-        varying = [k for k in facts[0] | dict.fromkeys(k for f in facts for k in f) if _varies(k, facts)]
-        varying = [k for k in varying if k not in IMPLIED]
-        # stable: what is built, then how trained; what only some optimizers have comes last
-        varying.sort(
-            key=lambda key: (EXPERIMENT_KEYS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps"))
-        )
-        usual = {key: _usual(key, facts) for key in varying}
-        for run_key, fact in zip(digests, facts):
-            varying_keys = [key for key in varying if digest(fact.get(key)) != usual[key]]
-            if "trainer.max_steps" in varying_keys and fact.get("trainer.max_epochs") in (-1, None):
-                varying_keys = [key for key in varying_keys if key != "trainer.max_epochs"]  # no limit in epochs
-            words = [_word(key, fact.get(key)) for key in varying_keys[:MOST_KEYS]]
-            labels[run_key] = ", ".join([name, *words])
+    for name, digests in digests_of.items():
+        facts = _with_recipes([configs[experiment] for experiment in digests])
+        usual = {key: _usual(key, facts) for key in _varying_keys(facts)}
+        for experiment, fact in zip(digests, facts):
+            unusual_keys = [key for key in usual if digest(fact.get(key)) != usual[key]]
+            if "trainer.max_steps" in unusual_keys and fact.get("trainer.max_epochs") in (-1, None):
+                unusual_keys = [key for key in unusual_keys if key != "trainer.max_epochs"]  # no limit in epochs
+            words = [_word(key, fact.get(key)) for key in unusual_keys[:MOST_KEYS]]
+            labels[experiment] = ", ".join([name, *words])
+    return _numbered(labels)
+
+
+def _varying_keys(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys in which experiments differ: what is built, then how it is trained; keys of some optimizers last."""
+    keys = dict.fromkeys(key for fact in facts for key in fact)
+    varying_keys = [key for key in keys if key not in IMPLIED and _varies(key, facts)]
+    return sorted(
+        varying_keys,
+        key=lambda key: (EXPERIMENT_KEYS.index(key.partition(".")[0]), key in ("optimizer.betas", "optimizer.eps")),
+    )
+
+
+def _numbered(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return labels with numbers from the second one of each name on: what `MOST_KEYS` cuts off may leave equal ones."""
     counts: dict[str, int] = {}
-    for run_key, label in labels.items():  # what MOST_KEYS cut off
+    numbered: dict[str, str] = {}
+    for experiment, label in labels.items():
         counts[label] = counts.get(label, 0) + 1
-        labels[run_key] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
-    return labels
+        numbered[experiment] = label if counts[label] == 1 else f"{label}, no. {counts[label]}"
+    return numbered
 
 
 def _with_recipes(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

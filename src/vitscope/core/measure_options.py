@@ -132,13 +132,7 @@ def _plain(value: Any, probe: Probe | None) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Probe):
-        facts = {key: str(value.about.get(key, "unknown")) for key in ("data", "split", "augmentation")}
-        if (
-            preprocessing := value.about.get("preprocessing", "default")
-        ) != "default":  # earlier versions have no such fact
-            facts["preprocessing"] = str(preprocessing)
-        same = probe is not None and value.batches is probe.batches
-        return {**facts, "n_images": probe.n_images if probe is not None and same else value.n_images}
+        return _probe_facts(value, probe)
     if isinstance(value, Tensor | np.ndarray):
         return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module):
@@ -155,3 +149,14 @@ def _plain(value: Any, probe: Probe | None) -> Any:
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
         return [_plain(item, probe) for item in items]
     return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _probe_facts(option: Probe, probe: Probe | None) -> dict[str, Any]:
+    """Return what tells the images of a probe that is an option; ``probe`` is that of the measure."""
+    facts: dict[str, Any] = {key: str(option.about.get(key, "unknown")) for key in ("data", "split", "augmentation")}
+    preprocessing = option.about.get("preprocessing", "default")
+    if preprocessing != "default":  # earlier versions have no such fact
+        facts["preprocessing"] = str(preprocessing)
+    has_same_batches = probe is not None and option.batches is probe.batches
+    facts["n_images"] = probe.n_images if probe is not None and has_same_batches else option.n_images
+    return facts

@@ -136,9 +136,19 @@ class Shuffled(nn.Module):
         return self.head(self.first(x).mean((2, 3)).sort(dim=1).values)
 
 
+class Reinterpreted(Shuffled):
+    """Halves of the bits of values become values of their own, which is no reshape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.first(x).view(torch.int16)  # (B, C, h, 2 w)
+        return self.head(halves.to(x.dtype).mean((2, 3)))
+
+
 def test_what_is_not_understood_is_refused_by_its_name():
     with pytest.raises(StructureError, match=r"Shuffled: its units cannot be followed through sort;"):
         vs.align_weights(Shuffled(), Shuffled(), images=torch.zeros(2, 3, 8, 8))
+    with pytest.raises(StructureError, match=r"Reinterpreted: its units cannot be followed through view;"):
+        vs.align_weights(Reinterpreted(), Reinterpreted(), images=torch.zeros(2, 3, 8, 8))
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(StructureError, match="no units were found"):
         vs.align_weights(linear, linear, images=torch.zeros(2, 3, 2, 2))

@@ -85,19 +85,21 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
     if is_coarse or not (0 < length < float("inf") and 0 < loss < float("inf")):
         return 0.0
     longest_step = _LONGEST_STEP * float(torch.stack([p.double().norm() for p in parameters]).norm())
+    steps = [change * loss / length for change in _CHANGES]  # along which the loss changes by these shares of it
     original_values = [p.detach().clone() for p in parameters]
     parts = gradient.split([p.numel() for p in parameters])
+
+    def loss_after(step: float) -> float:
+        for p, value, part in zip(parameters, original_values, parts):
+            p.copy_(value.add(part.view_as(p), alpha=step / length))
+        return float(objective.data_loss(model(x), y))
+
     gaps = []
     try:
-        for change in _CHANGES:
-            step, losses = change * loss / length, []
+        for step in steps:
             if step > longest_step:
                 continue
-            for sign in (1, -1):
-                for p, value, part in zip(parameters, original_values, parts):
-                    p.copy_(value.add(part.view_as(p), alpha=sign * step / length))
-                losses.append(float(objective.data_loss(model(x), y)))
-            slope = (losses[0] - losses[1]) / (2 * step)
+            slope = (loss_after(step) - loss_after(-step)) / (2 * step)
             gaps.append(abs(slope - length) / max(abs(slope), length))
     finally:
         for p, value in zip(parameters, original_values):

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from vitscope.diagnostics.landscape.sharpness import SharpnessResult
-from vitscope.plotting.canvas import COLUMN_WIDTH, new_canvas, result_color
+from vitscope.plotting.canvas import COLUMN_WIDTH, Canvas, new_canvas, result_color
 from vitscope.plotting.loss_label import loss_label
 
 #: labels of both axes by ball of an adaptive measure
@@ -41,36 +41,20 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     Args:
         results: results by the name in the legend.
     """
-    worst = any((np.isfinite(r.worst_rise) & (r.worst_rise > 0)).any() for r in results.values())
+    has_worst = any(_is_plottable(r.worst_rise).any() for r in results.values())
     balls = [ball for ball in BALLS if any(m.endswith(ball) for r in results.values() for m in r.adaptive_measures)]
-    if balls:
-        n_panels = 1 + worst + len(balls)
-        canvas = new_canvas(2 * COLUMN_WIDTH, 2.4 * -(-n_panels // 2))
-        panels = list(canvas.grid(-(-n_panels // 2), 2).flat)
-        for empty in panels[n_panels:]:
-            empty.set_axis_off()
-        panels = panels[:n_panels]
-    else:
-        canvas = new_canvas(COLUMN_WIDTH, 4.2 if worst else 2.7)
-        # apart: the worst rises of deep networks are orders of magnitude above the means
-        grid = canvas.grid(2 if worst else 1, 1, sharex=True, height_ratios=[1.5, 1] if worst else None)
-        panels = list(grid[:, 0])
+    canvas, panels = _panels(has_worst, len(balls))
+    filter_panels = panels[:2] if has_worst else panels[:1]
     axes: Axes = panels[0]
     axes.set(xscale="log", yscale="log", ylabel=loss_label("Mean rise of the NLL (nats)", results.values()))
     for index, (name, r) in enumerate(results.items()):
         _mean(axes, name, r, result_color(index))
-        if worst:
-            is_plottable = np.isfinite(r.worst_rise) & (r.worst_rise > 0)
-            panels[1].plot(
-                r.radii[is_plottable], r.worst_rise[is_plottable], "^--", color=result_color(index), linewidth=0.8
-            )
-    filter_panels = panels[: 1 + worst]
-    if worst:
-        panels[1].set(xscale="log", yscale="log", ylabel="Worst rise\nfound (nats)")
+    if has_worst:
+        _worst(panels[1], results)
     _shade(filter_panels, results)
     for panel in filter_panels if balls else filter_panels[-1:]:
         panel.set_xlabel("Radius (share of each filter's norm)")
-    for panel, ball in zip(panels[1 + worst :], balls):
+    for panel, ball in zip(panels[len(filter_panels) :], balls):
         _adaptive(panel, ball, results)
     handles, labels = axes.get_legend_handles_labels()
     if balls:
@@ -82,6 +66,36 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     elif labels:
         axes.legend()
     return canvas.figure
+
+
+def _panels(has_worst: bool, n_balls: int) -> tuple[Canvas, list[Axes]]:
+    """Return a canvas and its panels: the mean rise, the worst rise where there is one, and one for each kind of ball."""
+    n_filter_panels = 2 if has_worst else 1
+    if n_balls:
+        n_panels = n_filter_panels + n_balls
+        n_rows = -(-n_panels // 2)
+        canvas = new_canvas(2 * COLUMN_WIDTH, 2.4 * n_rows)
+        panels = list(canvas.grid(n_rows, 2).flat)
+        for empty in panels[n_panels:]:
+            empty.set_axis_off()
+        return canvas, panels[:n_panels]
+    canvas = new_canvas(COLUMN_WIDTH, 4.2 if has_worst else 2.7)
+    # apart: the worst rises of deep networks are orders of magnitude above the means
+    grid = canvas.grid(n_filter_panels, 1, sharex=True, height_ratios=[1.5, 1] if has_worst else None)
+    return canvas, list(grid[:, 0])
+
+
+def _worst(axes: Axes, results: Mapping[str, SharpnessResult]) -> None:
+    """Draw the worst rise of each result over the radius."""
+    for index, r in enumerate(results.values()):
+        is_shown = _is_plottable(r.worst_rise)
+        axes.plot(r.radii[is_shown], r.worst_rise[is_shown], "^--", color=result_color(index), linewidth=0.8)
+    axes.set(xscale="log", yscale="log", ylabel="Worst rise\nfound (nats)")
+
+
+def _is_plottable(rise: np.ndarray) -> np.ndarray:
+    """Whether each rise can be drawn on a logarithmic axis."""
+    return np.isfinite(rise) & (rise > 0)
 
 
 def _adaptive(axes: Axes, ball: str, results: Mapping[str, SharpnessResult]) -> None:

@@ -146,24 +146,15 @@ def _label_softmax(
     model: nn.Module, trace: AttentionTrace, call: SoftmaxCall, product: ProductCall, labels: dict[str, Tensor],
     owners: dict[str, str], unclear: dict[str, str],
 ) -> None:  # fmt: skip
-    n_tried = 0
-    for scope in call.scopes:
-        layers = [
-            layer for layer in trace.layers
-            if layer.time < product.time and scope in layer.scopes and layer.output.requires_grad
-        ]  # fmt: skip
-        if not layers or n_tried == 2 or (n_tried and not scope):
-            continue
-        n_tried += 1
-        channels = _channels(call, product.output, layers)
-        if all(any(bool(mask.any()) for mask in channels[part]) for part in "qkv"):
-            break
-    else:
+    """Label the rows of the layers that make the queries, keys and values of a softmax and its product, and the layer behind."""
+    sources = _sources(trace, call, product)
+    if sources is None:
         reason = "the scores' queries and keys, or the values, are not told apart"
         if call.scores.shape[call.axis] < 2:
             reason = "it has one key alone at this image size"
         unclear[_attention_name(call)] = reason
         return
+    scope, layers, channels = sources
     for part in "qkv":
         for layer, mask in zip(layers, channels[part]):
             if bool(mask.any()):
@@ -175,10 +166,32 @@ def _label_softmax(
     _label_projection(trace, call, product.output, labels, owners)
 
 
+def _sources(
+    trace: AttentionTrace, call: SoftmaxCall, product: ProductCall
+) -> tuple[str, list[LayerCall], dict[str, list[Tensor]]] | None:
+    """Return the innermost scope whose layers make queries, keys and values, these layers, and their channels by ``q k v``.
+
+    Two scopes with layers are tried, but not the whole model as the second one. None where they do not tell the three apart.
+    """
+    n_tried = 0
+    for scope in call.scopes:
+        layers = [
+            layer for layer in trace.layers
+            if layer.time < product.time and scope in layer.scopes and layer.output.requires_grad
+        ]  # fmt: skip
+        if not layers or n_tried == 2 or (n_tried and not scope):
+            continue
+        n_tried += 1
+        channels = _channels(call, product.output, layers)
+        if all(any(bool(mask.any()) for mask in channels[part]) for part in "qkv"):
+            return scope, layers, channels
+    return None
+
+
 def _attention_name(call: SoftmaxCall | ProductCall) -> str:
-    return (
-        next((scope for scope in call.scopes if not scope.rpartition(".")[2].startswith("softmax")), "") or "the model"
-    )
+    """Return the innermost module around a softmax or product that is no softmax itself."""
+    names = [scope for scope in call.scopes if not scope.rpartition(".")[2].startswith("softmax")]
+    return (names[0] if names else "") or "the model"
 
 
 def _product_after(trace: AttentionTrace, call: SoftmaxCall) -> ProductCall | None:
@@ -240,9 +253,12 @@ def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> tup
         if j != other_j:
             label(i, other_i, j, other_j)
     if n_queries == n_keys > 3:
+        # in attention over channels each entry depends on one channel of a head alone: go on until two entries show nothing new
         n_without = 0
-        for i in range(n_keys):  # attention over channels: each entry depends on one channel of a head alone
-            n_without = 0 if label(i, (i + 2) % n_keys, (i + 1) % n_keys, (i + 2) % n_keys) else n_without + 1
+        for i in range(n_keys):
+            other = (i + 2) % n_keys
+            has_new = label(i, other, (i + 1) % n_keys, other)
+            n_without = 0 if has_new else n_without + 1
             if n_without == 2:
                 break
     return stays, moves

@@ -130,21 +130,29 @@ def unit_symmetry(model: nn.Module, images: Tensor | None = None) -> UnitSymmetr
     occurrences_of: dict[Label, list[Occurrence]] = {}
     channels: dict[Label, dict[Label, None]] = {}
     fixed: dict[str, str] = {}
-    for name, labels in axes.items():
-        for axis, label in enumerate(labels):
-            for one in places(name, axis, label) if label is not None else ():
-                key = (one.heads or one.label).root
-                if key.fixed and (one.heads is None or one.label.root.fixed):
-                    if not key.fixed.endswith(_EXPECTED):
-                        fixed.setdefault(name, key.fixed)
-                    continue
-                occurrences_of.setdefault(key, []).append(one)
-                if one.heads is not None:
-                    channels.setdefault(key, {}).setdefault(one.label.root)
-    groups = tuple(UnitGroup(key, tuple(channels.get(key, ())), tuple(ones)) for key, ones in occurrences_of.items())
+    for occurrence in _occurrences(axes):
+        key = (occurrence.heads or occurrence.label).root
+        is_fixed = bool(key.fixed) and (occurrence.heads is None or bool(occurrence.label.root.fixed))
+        if not is_fixed:
+            occurrences_of.setdefault(key, []).append(occurrence)
+            if occurrence.heads is not None:
+                channels.setdefault(key, {}).setdefault(occurrence.label.root)
+        elif not key.fixed.endswith(_EXPECTED):
+            fixed.setdefault(occurrence.name, key.fixed)
+    groups = tuple(
+        UnitGroup(key, tuple(channels.get(key, ())), tuple(occurrences)) for key, occurrences in occurrences_of.items()
+    )
     if not groups:
         raise StructureError(type(model).__name__, "no units were found that may be permuted", "use alignment=none")
     return UnitSymmetry(axes, groups, fixed, tuple(observed))
+
+
+def _occurrences(axes: Mapping[str, tuple[Label | None, ...]]) -> Iterator[Occurrence]:
+    """Yield the places of units and heads in all tensors."""
+    for name, labels in axes.items():
+        for axis, label in enumerate(labels):
+            if label is not None:
+                yield from places(name, axis, label)
 
 
 def run_recorded(

@@ -154,11 +154,10 @@ def _by_execution(
     inside = tuple(f"{path}." for path, module in model.named_modules() if module in units or is_gate(module))
     places: dict[str, Place] = {}
     latest: Place = (components[0].part.kind, components[0].stage)
-    for name in sorted(
-        (name for name, _ in model.named_parameters()), key=lambda name: observed.first_use.get(name, 0)
-    ):
-        time = observed.first_use.get(name, 0)
-        if name in owned and not (not time and in_auxiliary_head(model, name)):
+    names = sorted((name for name, _ in model.named_parameters()), key=lambda name: observed.first_use.get(name, 0))
+    for name in names:
+        time = observed.first_use.get(name, 0)  # 0 where the pass does not use it
+        if name in owned and (time or not in_auxiliary_head(model, name)):
             places[name] = (owned[name].part.kind, owned[name].stage)
             latest = places[name] if time else latest
         elif time > end or in_auxiliary_head(model, name):

@@ -84,33 +84,33 @@ def _addition(trace: Trace, node: Node, accepted: dict[int, Addition]) -> Additi
         return None
     if any(trace.nodes[i].shape != node.shape for i in operands):
         return None
+    orders = [operands] if node.op in DIFFERENCES else [operands, operands[::-1]]
     options = [
-        option
-        for stream, branch in ((operands,) if node.op in DIFFERENCES else (operands, operands[::-1]))
+        _oriented(trace, node.index, stream, branch, accepted)
+        for stream, branch in orders
         if trace.nodes[branch].varying
-        and (option := _oriented(trace, node.index, stream, branch, accepted)) is not None
     ]
     # the operand with the shorter way is the stream
-    return min(options, key=lambda option: (len(option.shortcut), -len(option.region)), default=None)
+    additions = [option for option in options if option is not None]
+    return min(additions, key=lambda option: (len(option.shortcut), -len(option.region)), default=None)
 
 
 def _oriented(trace: Trace, result: int, stream: int, branch: int, accepted: dict[int, Addition]) -> Addition | None:
     """Return the addition with ``stream`` as its shortcut; None where no short way leads from it to a source of ``branch``."""
     start = stream
-    while True:
-        way = _shortcut(trace, start, branch)
-        if way is not None:
-            break
+    way = _shortcut(trace, start, branch)
+    while way is None:
         # attention and MLP side by side: the sum so far carries the stream
         origin = _through_identities(trace, start)
         if origin not in accepted:
             return None
         start = accepted[origin].stream
+        way = _shortcut(trace, start, branch)
     source, shortcut = way
     region = trace.between(source, branch) - shortcut
-    if start != stream:
+    if start != stream:  # the branches that the sum so far holds are units of their own
         shortcut = frozenset()
-    region -= {i for other in accepted.values() if start != stream and other.result <= stream for i in other.region}
+        region -= {i for other in accepted.values() if other.result <= stream for i in other.region}
     if not any(_computes(trace.nodes[i]) for i in region):
         return None
     has_map = _has_positions(trace.nodes[source]) and len(trace.nodes[result].shape) > 2

@@ -134,17 +134,19 @@ def analyze_factors(selection: Selection) -> FactorialResult | None:
         read = _Reader(quantity, results, seeds)
         if not read.complete:
             continue
-        undefined |= {(quantity.key, c): word for c in CONDITIONS if (word := read.undefined(c))}
-        for c in CONDITIONS:
-            for column in (*MODELS, "difference") if c[2] in quantity.objectives else ():
-                values[quantity.key, c, column] = read.interval({c: 1.0}, column)
-        effects += [
-            _effect(read, values, l2, factor) for l2 in L2_FORMS if l2 in quantity.objectives for factor in FACTORS
-        ]
-    not_finite = [
-        (q, c) for (q, c, column), v in values.items() if column == "difference" and not math.isfinite(v.mean)
-    ]
-    problems += [Problem(FAILED, ", ".join(c), q, "not finite") for q, c in not_finite if (q, c) not in undefined]
+        for condition in CONDITIONS:
+            word = read.undefined(condition)
+            if word:
+                undefined[quantity.key, condition] = word
+            if condition[2] in quantity.objectives:
+                for column in (*MODELS, "difference"):
+                    values[quantity.key, condition, column] = read.interval({condition: 1.0}, column)
+        l2_forms = [l2 for l2 in L2_FORMS if l2 in quantity.objectives]
+        effects += [_effect(read, values, l2, factor) for l2 in l2_forms for factor in FACTORS]
+    for (key, condition, column), value in values.items():
+        is_missing = column == "difference" and not math.isfinite(value.mean)
+        if is_missing and (key, condition) not in undefined:
+            problems.append(Problem(FAILED, ", ".join(condition), key, "not finite"))
     labels = {family: lowest_seed_run(experiments[family, "weak"]).label.split(",")[0] for family in MODELS}
     return FactorialResult(labels, tuple(seeds), values, tuple(effects), tuple(problems), undefined)
 
@@ -171,11 +173,9 @@ class _Reader:
         """Return the weighted sum over conditions of a model's number, or of the difference between the models'."""
         by_seed = [self._sum(weights, column, seed, None) for seed in self._seeds]
         if len(by_seed) > 1:
-            return (
-                t_interval(by_seed, max(self._magnitude(weights, column, seed) for seed in self._seeds))
-                if np.isfinite(by_seed).all()
-                else Interval(math.nan, math.nan, math.nan, len(by_seed))
-            )
+            if not np.isfinite(by_seed).all():
+                return Interval(math.nan, math.nan, math.nan, len(by_seed))
+            return t_interval(by_seed, max(self._magnitude(weights, column, seed) for seed in self._seeds))
         (whole,), n = by_seed, self._units
         if n < 2 or not math.isfinite(whole):
             return Interval(whole, math.nan, math.nan, 1)

@@ -75,21 +75,17 @@ def microscope(drawn: Sequence[DrawnPanel]) -> Microscope | None:
         return None
     models, left_out = list(results)[:MOST_MODELS], list(results)[MOST_MODELS:]
     loaded = {model: {name: _loaded(measured) for name, measured in results[model].items()} for model in models}
-    held = [
-        r
-        for of_model in loaded.values()
-        for name in PICTURED
-        if (r := of_model.get(name)) is not None and len(r.images)
-    ]
-    pixels = held[0].images if held else np.zeros((0, 1, 1, 3), np.uint8)
-    norms = [r.n_norm_images for of_model in loaded.values() if (r := of_model.get("token_norms")) is not None]
-    n_images = len(pixels) or min([8, *norms])
-    reference = _Reference(pixels, held, n_images)
-    rows = [
-        (title, [_cell(loaded[model].get(name), name in results[model], reference, pictures_of) for model in models])
-        for name, (title, pictures_of) in ROWS.items()
-        if any(name in results[model] for model in models)
-    ]
+    pictured = [of_model.get(name) for of_model in loaded.values() for name in PICTURED]
+    pictured = [result for result in pictured if result is not None and len(result.images)]
+    pixels = pictured[0].images if pictured else np.zeros((0, 1, 1, 3), np.uint8)
+    norms = [of_model.get("token_norms") for of_model in loaded.values()]
+    n_images = len(pixels) or min([8, *(result.n_norm_images for result in norms if result is not None)])
+    reference = _Reference(pixels, pictured, n_images)
+    rows = []
+    for name, (title, pictures_of) in ROWS.items():
+        if any(name in results[model] for model in models):
+            cells = [_cell(loaded[model].get(name), name in results[model], reference, pictures_of) for model in models]
+            rows.append((title, cells))
     return Microscope(models, n_images, [_address(image) for image in pixels], rows, left_out)
 
 
