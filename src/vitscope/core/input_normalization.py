@@ -48,7 +48,7 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
     A warning says where the first batch can hardly have been normalized by it.
 
     Raises:
-        ValueError: neither is there, their lengths differ, a standard deviation is not above 0, or pixels of the first batch would
+        ValueError: neither is there, their lengths differ, a standard deviation is not above 0, or the first batch would
             lie far from [0, 1].
     """
     pixels = stated_pixels(probe, mean, std)
