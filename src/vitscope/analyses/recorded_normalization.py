@@ -38,11 +38,11 @@ def note_other_normalization(cfg: DictConfig, network: nn.Module, chosen_keys: C
         return
     if all(_are_close(data.get(key), recorded.get(key)) for key in ("mean", "std")):
         return
-    stated, known = ([_listed(values.get(key)) for key in ("mean", "std")] for values in (data, recorded))
+    stated, recorded_values = ([_listed(values.get(key)) for key in ("mean", "std")] for values in (data, recorded))
     _logger.info(
-        f"note: images are normalized by data.mean={stated[0]} data.std={stated[1]}, timm records {known[0]} and {known[1]} for "
-        f"{cfg.model.get('name')}: set those that the weights were trained with (data.transform=model takes timm's, with its size "
-        "and crop)"
+        f"note: images are normalized by data.mean={stated[0]} data.std={stated[1]}, timm records {recorded_values[0]} and "
+        f"{recorded_values[1]} for {cfg.model.get('name')}: set those that the weights were trained with (data.transform=model takes "
+        "timm's, with its size and crop)"
     )
 
 
