@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from timm.utils import accuracy as timm_accuracy
 from torch import nn
 
 from vitscope import Probe
+from vitscope.core.checks.unlikely_input import UnlikelyInputWarning
 from vitscope.diagnostics.evaluation.evaluation import evaluation
 from vitscope.diagnostics.evaluation.plot import evaluation as draw
 
@@ -132,3 +135,33 @@ def test_plot_sorts_classes() -> None:
     heights = axes.lines[0].get_ydata()
     assert list(heights) == sorted(heights)
     assert figure.legends[0].get_texts()[0].get_text().startswith("a: ")
+
+
+@pytest.mark.parametrize("shift", [1, 5])
+def test_labels_in_another_order_are_noticed(shift: int) -> None:
+    logits, labels = drawn(n=120)
+    logits[torch.arange(120), labels] += 2
+    with pytest.warns(UnlikelyInputWarning, match=r"would be with the classes in another order \(label 0 as logit"):
+        evaluation(probe_of(logits, (labels - shift) % 12))
+    with pytest.warns(UnlikelyInputWarning, match="label 0 as logit 7, label 1 as logit 8, label 2 as logit 9"):
+        evaluation(probe_of(*drawn_of_few(7)))  # a network of 12 classes on three of them, numbered anew
+
+
+def drawn_of_few(first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    logits, labels = drawn(n=120, classes=(first, first + 1, first + 2))
+    logits[torch.arange(120), labels] += 2
+    return logits, labels - first
+
+
+def test_other_low_accuracies_are_not_noticed() -> None:
+    generator = torch.Generator().manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for strength in (0.0, 1.0, 2.0):  # untrained, weak and fair
+            logits = torch.randn(240, 12, generator=generator, dtype=torch.float64)
+            labels = torch.arange(240) % 12
+            logits[torch.arange(240), labels] += strength
+            evaluation(probe_of(logits, labels))
+        logits[:, 3] += 10  # always the same answer
+        evaluation(probe_of(logits, labels))
+        evaluation(probe_of(logits, torch.full_like(labels, 4)))  # of images of one class

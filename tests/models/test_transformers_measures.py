@@ -128,6 +128,7 @@ def probe_of(name: str) -> vs.Probe:
 
 
 @pytest.mark.parametrize("name", ["dinov2_with_registers", "segmentation"])
+@pytest.mark.filterwarnings("ignore:BatchNorm:UserWarning")  # random weights, new statistics
 def test_fourier_hessian_and_landscape(name: str) -> None:
     probe = probe_of(name)
     n_units = sum(unit.residual for unit in vs.structure(probe.model).units)

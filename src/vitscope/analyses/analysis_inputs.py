@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
+from vitscope.analyses.recorded_normalization import note_other_normalization
 from vitscope.config import caps, cross_checks, factories, loading
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate
@@ -19,7 +20,7 @@ from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest, checkp
 from vitscope.runs.checkpoints.checkpoint_weights import AVERAGE
 from vitscope.runs.run_dir import Run
 from vitscope.runtime import errors
-from vitscope.runtime.distributed import world_size
+from vitscope.runtime.distributed import rank, world_size
 from vitscope.runtime.errors import CheckpointError, ConfigError, StorageError
 
 #: checkpoints that a training writes again and again
@@ -83,6 +84,8 @@ def prepare_inputs(cfg: DictConfig, chosen_keys: Sequence[str], run_value_overri
         named_weights.load_named_weights(network, content, path, cfg, average=cfg.ckpt == AVERAGE)
     data = factories.data(cfg)
     data.adapt_to(network)
+    if run is None and rank() == 0:
+        note_other_normalization(cfg, network, chosen_keys, path is not None)
     return AnalysisInputs(cfg, run, network.to(device), data, content, path, defaults)
 
 

@@ -100,6 +100,41 @@ def settle_class_counts(cfg: DictConfig) -> None:
         )
 
 
+def check_class_order(cfg: DictConfig, content: Mapping[str, Any], path: Any) -> None:
+    """Check that a file of weights that names its classes numbers them as the data does.
+
+    Training scripts save ``class_to_idx`` (torchvision's ``ImageFolder``) or ``classes`` beside the weights. Names of other
+    classes than the data's say nothing of their order.
+
+    Args:
+        cfg: a configuration whose number of classes is settled.
+        content: contents of the file.
+        path: the file, for the error.
+
+    Raises:
+        ConfigError: the same names in another order.
+    """
+    source = (cfg.get("data") or {}).get("source") or {}
+    numbers, names = content.get("class_to_idx"), content.get("classes") or content.get("class_names")
+    if isinstance(numbers, Mapping) and all(type(number) is int for number in numbers.values()):
+        names = sorted(numbers, key=lambda name: numbers[name])
+    if source.get("_target_") != _FOLDER or not isinstance(names, list | tuple):
+        return
+    from vitscope.data.sources import folder  # imports torch
+
+    classes: Any = source.get("classes")
+    own_names = folder.class_names(
+        cfg.data.get("root"), loading.plain(classes) if OmegaConf.is_list(classes) else classes
+    )
+    stored_names = [str(name) for name in names]
+    if sorted(stored_names) == sorted(own_names) and stored_names != list(own_names):
+        differing = next(i for i, pair in enumerate(zip(stored_names, own_names)) if pair[0] != pair[1])
+        reason = f"class {differing} is {own_names[differing]} in the data and {stored_names[differing]} in {path}"
+        order = ",".join(stored_names) if len(stored_names) <= 20 else f"{stored_names[0]},{stored_names[1]},..."
+        fix = f"set data.source.classes=[{order}], the order of the file"
+        raise ConfigError("data.source.classes", None, reason, fix)
+
+
 def source_of_class_count(cfg: DictConfig) -> str:
     """Return where the number of classes of the data comes from, for errors: its folder, its list or its key."""
     data = cfg.get("data") or {}

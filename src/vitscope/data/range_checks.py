@@ -35,7 +35,7 @@ def channels(key: str, values: Sequence[float], *, positive: bool) -> tuple[floa
     """Return one float a channel.
 
     Raises:
-        ConfigError: There are not three, or one is not finite, or not positive where it must be.
+        ConfigError: There are not three, or one is not finite, or not positive where it must be, or outside of [0, 1].
     """
     channel_values = tuple(float(value) for value in values)
     if len(channel_values) != 3 or not all(
@@ -43,4 +43,7 @@ def channels(key: str, values: Sequence[float], *, positive: bool) -> tuple[floa
     ):
         kind = "positive" if positive else "finite"
         raise ConfigError(key, channel_values, f"not three {kind} numbers", "give one a channel")
+    if not all(0 <= value <= 1 for value in channel_values):
+        example = [round(value / 255, 4) for value in channel_values]
+        raise ConfigError(key, list(channel_values), "not in [0, 1], the range of pixels", f"divide by 255: {example}")
     return channel_values

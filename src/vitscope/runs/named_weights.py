@@ -31,9 +31,12 @@ def load_named_weights(
         average: whether to take averages over training steps.
 
     Raises:
+        ConfigError: the file names the classes in another order than the data.
         CheckpointError: they do not fit; where the file is a run's, the error names ``run=<folder>``, and where a training
             asks for another number of classes ``ckpt_head=new``.
     """
+    if cfg.get("ckpt_head") != "new":
+        cross_checks.check_class_order(cfg, content, path)
     source = cross_checks.source_of_class_count(cfg)
     try:
         checkpoint_weights.load_weights(network, content, path, average=average, class_count_source=source)

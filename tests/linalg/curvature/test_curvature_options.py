@@ -114,6 +114,7 @@ def test_operators_take_an_object_and_changes_of_it() -> None:
         assert operators.mean().dtype is torch.float64
 
 
+@pytest.mark.filterwarnings("ignore:the outputs of:UserWarning")  # noticed, then refused
 def test_micro_batches_are_refused_where_they_change_the_statistics() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4, track_running_stats=False)

@@ -40,6 +40,7 @@ def probe_of(build: Callable[[], nn.Module]) -> vs.Probe:
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "fisher_mc"])
 @pytest.mark.parametrize("build", [vit, resnet])
+@pytest.mark.filterwarnings("ignore:BatchNorm:UserWarning")  # random weights, new statistics
 def test_products_are_the_same(build: Callable[[], nn.Module], operator: str):
     probe = probe_of(build)
     products = {}

@@ -114,7 +114,15 @@ def _existing(root: str | Path | None) -> Path:
 
 def _names_of_folders(folders: Mapping[str, Path], root: Path) -> tuple[str, ...]:
     reference = folders.get("train") or folders.get("val") or folders.get("test") or root
-    return tuple(class_folders(reference, root))
+    names = tuple(class_folders(reference, root))
+    if all(name.isdecimal() for name in names) and names != tuple(sorted(names, key=int)):
+        number = next(i for i, (name, other) in enumerate(zip(names, sorted(names, key=int))) if name != other)
+        _report_assumption(
+            root,
+            f"class folders are numbered in alphabetic order, as by torchvision's ImageFolder: label {number} is folder "
+            f"{names[number]}; data.source.classes=[...] sets another order",
+        )
+    return names
 
 
 def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:
@@ -126,7 +134,7 @@ def _source(split: str, folders: Mapping[str, Path], root: Path) -> Path:
         _report_assumption(
             root,
             f"no test folder: the test split is the images of {val_folder_name}/, which the val split has too; "
-            "metrics of a checkpoint that was chosen on them are optimiztic",
+            "metrics of a checkpoint that was chosen on them are optimistic",
         )
         return folders["val"]
     if not folders:

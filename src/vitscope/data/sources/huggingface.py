@@ -118,7 +118,7 @@ def load(
         source = named["val"]
         report_once(
             f"data.name={name}: no test split: the test split is {source}, which the val split is too; metrics of a "
-            "checkpoint that was chosen on it are optimiztic"
+            "checkpoint that was chosen on it are optimistic"
         )
     if source is not None and source != named["train"]:
         return _images(tables[source], source, name, image_column, label_column)

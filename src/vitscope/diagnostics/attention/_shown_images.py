@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitscope.core.batches.batch_inputs import images_of
 from vitscope.core.checks.independent_images import refuse_dependent_images
-from vitscope.core.input_normalization import pixels_of
+from vitscope.core.input_normalization import stated_pixels
 from vitscope.core.probe import Probe
 from vitscope.diagnostics.attention._placement import Query
 from vitscope.diagnostics.attention._rollout import UnknownClassError, relevance, row_maps
@@ -110,7 +110,7 @@ def _pixels(probe: Probe, x: Tensor) -> np.ndarray:
     x = x.detach().double().cpu()
     normalization = None
     with suppress(ValueError):  # none is known
-        normalization = pixels_of(probe)
+        normalization = stated_pixels(probe)
     if normalization is not None and len(normalization.mean) in (1, x.shape[1]):
         pixels = normalization.to_pixels(x)
     else:

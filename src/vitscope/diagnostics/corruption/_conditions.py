@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitscope.core.cost.measure_cost import Options, WorkUnit
 from vitscope.core.evaluation import evaluate
-from vitscope.core.input_normalization import Pixels, pixels_of
+from vitscope.core.input_normalization import Pixels, stated_pixels
 from vitscope.core.objective import Objective, hard_targets
 from vitscope.core.probe import Batch, Probe
 from vitscope.diagnostics.corruption._archives import Arrays, Folders
@@ -133,7 +133,7 @@ _N_TIMED = 16
 
 @contextmanager
 def _corrupting(probe: Probe, options: Options) -> Iterator[Callable[[], object]]:
-    pixels = pixels_of(probe, options.get("mean"), options.get("std"))
+    pixels = stated_pixels(probe, options.get("mean"), options.get("std"))
     seed = int(options.get("seed") or 0)
     names, severities = type_names(options["types"]), options["severities"]
     conditions = [(name, int(severity)) for name in names for severity in severities]

@@ -19,6 +19,7 @@ from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
+from vitscope.diagnostics.evaluation._class_order import warn_of_other_order
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval
@@ -96,9 +97,9 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
             if not rows:
                 n_logits = logits.shape[1]
                 columns = torch.tensor(_chosen(probe, classes, n_logits), device=logits.device)
-            # (B, 1) and the columns of `_scored` to (B, 5)
+            # (B, 1) and the columns of `_scored` to (B, 6)
             rows.append(torch.cat([torch.full_like(labels, index)[:, None], _scored(logits, labels, columns)], dim=1))
-    local = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 5))
+    local = torch.cat(rows).cpu().numpy() if rows else np.empty((0, 6))
     shares = distributed.gather_objects((local, n_logits, columns.cpu().numpy()))
     n_logits, competing = next((n, c) for _, n, c in shares if n)  # a rank may have no batch
     every = np.concatenate([share for share, _, _ in shares])
@@ -108,17 +109,18 @@ def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> E
 
 
 def _scored(logits: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
-    """Return label, top-1, top-5 and NLL of each image ``(B, 4)`` in float64; NaN where its logits are not finite."""
+    """Return label, top-1, top-5, NLL and answer of each image ``(B, 5)`` in float64; NaN where its logits are not finite."""
     z = logits.double()[:, columns]
     place = torch.searchsorted(columns, labels.contiguous()).clamp_max(len(columns) - 1)
     if bool((columns[place] != labels).any()):
         stranger = int(labels[columns[place] != labels][0])
         raise ValueError(f"Expected images of the {len(columns)} classes that count, received one of class {stranger}.")
-    best = z.topk(min(5, len(columns)), dim=1).indices == place[:, None]  # (B, 5)
+    order = z.topk(min(5, len(columns)), dim=1).indices  # (B, 5)
+    best = order == place[:, None]
     right = torch.stack([best[:, 0], best.any(dim=1)], dim=1).double()
     nll = -z.log_softmax(dim=1).gather(1, place[:, None])
     right = right.masked_fill(~torch.isfinite(z).all(dim=1, keepdim=True), torch.nan)
-    return torch.cat([labels.double()[:, None], right, nll], dim=1)
+    return torch.cat([labels.double()[:, None], right, nll, columns[order[:, :1]].double()], dim=1)
 
 
 def _chosen(probe: Probe, classes: str | Sequence[int | str], n_logits: int) -> list[int]:
@@ -149,7 +151,8 @@ def _seen(probe: Probe) -> list[int]:
 
 
 def _result(probe: Probe, rows: np.ndarray, classes: np.ndarray, n_logits: int) -> EvaluationResult:
-    _, labels, right, top5, nll = rows.T
+    _, labels, right, top5, nll, answers = rows.T
+    warn_of_other_order(labels.astype(int), answers.astype(int))
     place = np.searchsorted(classes, labels)
     count = np.bincount(place, minlength=len(classes))
     with np.errstate(invalid="ignore"):  # 0 / 0 where a class has no image

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vitscope.core.input_normalization import pixels_of
+from vitscope.core.input_normalization import pixels_of, stated_pixels
 from vitscope.core.probe import Probe
 
 
@@ -18,7 +18,7 @@ def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor
     Those given here, else ``probe.about["std"]``, else one, with a warning: a probe made by hand may hold pixels.
 
     Raises:
-        ValueError: a standard deviation that is not above 0.
+        ValueError: a standard deviation that is not above 0, or images that come to lie far from [0, 1].
     """
     if std is None and probe.about.get("std") is None:
         warnings.warn(
@@ -28,4 +28,6 @@ def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor
         )
         return torch.ones(1, 1, 1, dtype=torch.float64)
     deviations = list(std) if std is not None else list(probe.about["std"])
-    return pixels_of(probe, mean=[0.0] * len(deviations), std=deviations).std
+    if std is None and probe.about.get("mean") is not None:
+        return pixels_of(probe).std
+    return stated_pixels(probe, mean=[0.0] * len(deviations), std=deviations).std
