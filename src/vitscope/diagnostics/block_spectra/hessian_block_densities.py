@@ -21,6 +21,7 @@ from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDista
 from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, n_uncovered, parameter_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.curvature.product_cost import (
     basis_bytes,
     curvature_options,
@@ -233,7 +234,9 @@ def hessian_block_densities(
     _warn_of_nulls(list(subsets), table["nodes"], n_vectors)
     _warn_of_noise(distances)
     whole = "by " + blocks if isinstance(blocks, str) else ", ".join(subsets)
-    card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=solver_of(cards))
+    card = probe.card(
+        parameters=subset_name(probe.model, whole), bn_policy=options.bn, dtype=cards[0].dtype, solver=solver_of(cards)
+    )
     return _result(
         tuple(subsets), kinds_of_blocks(probe, names), np.array(sizes), table, distances,
         n_uncovered({name: p.numel() for name, p in probe.parameters().items()}, names), card,

@@ -32,6 +32,7 @@ from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, f
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.product_cost import curvature_options
 from vitscope.models.structure.parameter_groups import kinds_of_probe
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
 
 
@@ -184,7 +185,7 @@ def kronecker_factors(
         factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
         n_covered = sum(_weight(layers[name]).numel() for name in factors)
         card = probe.card(
-            parameters="weights of linear layers and convolutions",
+            parameters=subset_name(model, "weights of linear layers and convolutions"),
             solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
         )
     names = tuple(factors)

@@ -20,6 +20,7 @@ from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms
@@ -201,7 +202,9 @@ def loss_landscape(
         labels=axes.labels,
         path=axes.path,
         projection_error=axes.projection_error,
-        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
+        card=probe.card(
+            parameters=subset_name(probe.model), bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)
+        ),
     )
 
 

@@ -26,6 +26,7 @@ from vitscope.diagnostics.landscape._adaptive_sharpness import (
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.diagnostics.landscape._worst_case import worst_rises
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
@@ -254,7 +255,9 @@ def sharpness(
         accuracy_center=center["accuracy"],
         n_nonfinite=int((~np.isfinite(nll)).sum()),
         **_adaptive_fields(options, rises),
-        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
+        card=probe.card(
+            parameters=subset_name(probe.model), bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products, restricted
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
 from vitscope.linalg.weights.directions import filter_parameters, moving
@@ -122,6 +123,7 @@ def normalized_hessian(
     moving_names = list(moving(dict(probe.parameters()), ignore))
     options = CurvatureOptions(**{**curvature, "parameters": moving_names})
     with curvatures(probe, options) as operators:
+    subset = subset_name(probe.model, f"all but {ignore}")  # inside `curvatures` the others' gradients are switched off
         mean, parameters = operators.mean(), operators.parameters
         refuse_made_weights(operators.model, parameters, "filter")
         filters, masks = filter_parameters(operators.model), pruning_masks(operators.model)
@@ -149,7 +151,7 @@ def normalized_hessian(
                     **options.values("tol", "max_products", "seed"),
                     "normalization": normalization,
                 },
-                parameters=f"all but {ignore}",
+                parameters=subset,
             ),
         )
 
