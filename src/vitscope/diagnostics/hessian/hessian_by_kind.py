@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 
@@ -77,7 +77,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def hessian_by_kind(
     probe: Probe,
     *,
-    by: str = "kind",
+    by: Literal["kind", "stage", "part"] = "kind",
     n_top: PositiveInt = 5,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianByKindResult:

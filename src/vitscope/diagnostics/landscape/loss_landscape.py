@@ -26,7 +26,7 @@ from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import IntAboveOne, PositiveFloat, Seed
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def loss_landscape(
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: PositiveFloat = 1.0,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,

@@ -23,7 +23,7 @@ from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import IntAboveOne, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
 
@@ -107,7 +107,7 @@ def loss_slice(
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: PositiveFloat = 1.0,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     n_directions: PositiveInt = 1,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",

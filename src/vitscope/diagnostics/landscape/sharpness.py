@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -146,11 +146,11 @@ def sharpness(
     probe: Probe,
     *,
     radii: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
-    n_pairs: int = 20,
-    normalization: str = "filter",
+    n_pairs: PositiveInt = 20,
+    normalization: Literal["filter", "layer"] = "filter",
     ignore: str | Sequence[str] = "bias_bn",
     n_steps: NonNegativeInt = 10,
-    n_starts: int = 2,
+    n_starts: PositiveInt = 2,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     adaptive: Sequence[AdaptiveMeasure] = (),

@@ -34,7 +34,7 @@ from vitscope.diagnostics.tokens._token_tables import (
     stacked,
 )
 from vitscope.runtime import distributed
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveFloat, PositiveInt
 from vitscope.stats.intervals import Estimate, check_level, few_images
 
 
@@ -165,7 +165,7 @@ def accumulate(
     threshold: PositiveFloat | None = None,
     norm_images: PositiveInt | None = 512,
     positions: PositiveInt | None = 16,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> _Sums:
     """Return what `token_norms` keeps between batches; arguments and errors are its own."""
     check_level(level)
@@ -185,7 +185,7 @@ def token_norms(
     threshold: PositiveFloat | None = None,
     norm_images: PositiveInt | None = 512,
     positions: PositiveInt | None = 16,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> TokenNormsResult:
     """Measure the norms of tokens at every tap in one forward pass a batch: patch, class, distillation and register tokens.
 
