@@ -42,10 +42,10 @@ def _device(cfg: DictConfig) -> str:
     """Return the name of the GPU on which the run computes, or ``mps`` or ``cpu``."""
     import torch  # a command that refuses its arguments does not load it
 
-    chosen = {str(cfg.get("device")), str(OmegaConf.select(cfg, "trainer.accelerator"))}
-    if "cpu" not in chosen and torch.cuda.is_available():
+    accelerators = {str(cfg.get("device")), str(OmegaConf.select(cfg, "trainer.accelerator"))}
+    if "cpu" not in accelerators and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return "mps" if "mps" in chosen else "cpu"
+    return "mps" if "mps" in accelerators else "cpu"
 
 
 def _git_commit() -> str | None:
