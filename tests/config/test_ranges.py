@@ -111,7 +111,11 @@ ENDS = [
     ("analysis.hessian.probe.batch_size", "1", "0", "at least 1"),
     ("+analysis.hessian.probe.seed", "0", "-1", "in 0 .. 2^63 - 1"),
     ("analysis.hessian.when.every_n_epochs", "0", "-1", "at least 0"),
-    ("analysis.landscape.n", "1", "0", "at least 1"),
+    ("analysis.landscape.n", "2", "1", "at least 2"),
+    ("analysis.slice.n", "2", "1", "at least 2"),
+    ("analysis.hessian.tol", "0.1", "1", "between 0 and 1"),
+    ("analysis.hessian.max_products", "1", "0", "at least 1"),
+    ("analysis.fourier.level", "0.5", "1", "between 0 and 1"),
     ("analysis.landscape.span", "0.1", "0", "greater than 0"),
     ("analysis.slice.n_directions", "1", "0", "at least 1"),
 ]

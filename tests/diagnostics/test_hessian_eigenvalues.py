@@ -217,3 +217,50 @@ def test_refusals():
         model.head.bias.fill_(float("nan"))
     with pytest.raises(NumericalError, match="parameter 'head.bias' holds 3 NaN"):
         vs.hessian_eigenvalues(probe)
+
+
+def test_as_many_values_as_are_asked_for() -> None:
+    """More than ``max_products``: the search makes a product for each, and the whole spectrum is exact."""
+    x, y = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64), torch.arange(6) % 3
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(8, 3)
+    ).double()
+    probe = probe_of(model, x, y)
+    size = sum(p.numel() for p in model.parameters())
+    expected = np.linalg.eigvalsh(dense_hessian(model, x, y, vs.Objective()))
+    result = vs.hessian_eigenvalues(probe, k=size, max_products=20)
+    np.testing.assert_allclose(np.sort(result.eigenvalues), expected, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("seed", "which"), [(2, "SA"), (27, "LM")])
+def test_a_small_space_is_searched_longer(seed: int, which: str) -> None:
+    """With three confirming products these searches pass over one of the five eigenvalues."""
+    torch.manual_seed(seed)
+    layers = [torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.GELU()]
+    model = torch.nn.Sequential(
+        *layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)
+    ).double()
+    x, y = torch.randn(8, 3, 9, 9, dtype=torch.float64), torch.randint(0, 3, (8,))
+    probe = probe_of(model, x, y, size=4)
+    spectrum = np.linalg.eigvalsh(dense_hessian(model, x, y, vs.Objective()))
+    expected = spectrum[np.argsort(-abs(spectrum))][:5] if which == "LM" else spectrum[:5]
+    np.testing.assert_allclose(vs.hessian_eigenvalues(probe, which=which).eigenvalues, expected, rtol=1e-3)
+
+
+def test_frozen_parameters_are_another_subset() -> None:
+    x, y = torch.randn(4, 3, 4, 4), torch.arange(4) % 3
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    probe = probe_of(model, x, y)
+    cards = [[vs.hessian_trace(probe, n_vectors=1).card, vs.loss_slice(probe, n=2).card]]
+    model[0].requires_grad_(False)
+    cards.append([vs.hessian_trace(probe, n_vectors=1).card, vs.loss_slice(probe, n=2).card])
+    for whole, part in zip(*cards):
+        assert whole is not None
+        assert part is not None
+        assert (whole.parameters, part.parameters) == ("all", "all but 0.weight, 0.bias")
+        assert whole.differences(part) == ["parameters"]
+    model[2].bias.requires_grad_(False)
+    card = vs.hessian_trace(probe, n_vectors=1, parameters="*.weight").card
+    assert card is not None
+    assert card.parameters == "*.weight of 2.weight"

@@ -11,7 +11,7 @@ from torch import nn
 import vitscope as vs
 from vitscope.linalg.curvature import microbatch
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, start_along, warm_start
-from vitscope.linalg.eigensolver import extreme_eigenvalues
+from vitscope.linalg.eigensolver import CONFIRMATIONS, extreme_eigenvalues
 from vitscope.linalg.lanczos import Lanczos
 from vitscope.linalg.missed_eigenvalues import HIGHEST_PROBABILITY, MARGIN, KrylovPolynomial
 
@@ -62,7 +62,15 @@ def spectrum_of(seed):
 def warm_search(values, start, seed, random_share, tol=1e-3):
     """Return the pairs of a search for one eigenvalue, and whether it is the largest one to the margin of the bound."""
     pairs = extreme_eigenvalues(
-        lambda v: values * v, start, 1, which="LA", tol=tol, max_products=300, seed=seed, random_share=random_share
+        lambda v: values * v,
+        start,
+        1,
+        which="LA",
+        tol=tol,
+        max_products=300,
+        seed=seed,
+        random_share=random_share,
+        confirmations=CONFIRMATIONS,  # as in a large space
     )
     return pairs, pairs.values[0] > float(values[-1]) / (1 + MARGIN)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from vitscope.runs import run_dir, run_lock, run_search
+from vitscope.runs import run_dir, run_end, run_lock, run_search
 from vitscope.runtime.errors import CheckpointError, ConfigError
+from vitscope.runtime.logging import command_logging
 
 
 def cfg(tmp_path: Path, **more: object) -> DictConfig:
@@ -36,6 +39,30 @@ def test_a_folder_is_not_used_twice(tmp_path: Path) -> None:
         run_dir.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
     with pytest.raises(ConfigError, match="already holds a run"):
         run_dir.create(cfg(tmp_path, run_dir=str(tmp_path / "a")), "train")
+
+
+def test_the_provenance_names_the_device(tmp_path: Path) -> None:
+    run = run_dir.create(cfg(tmp_path, trainer={"accelerator": "cpu"}), "train")
+    assert run.provenance()["device"] == "cpu"
+
+
+def test_the_log_holds_what_a_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_dir.create(cfg(tmp_path), "train")
+    try:
+        run_end.log_tracebacks_to(run)
+        assert run.log.read_text() == ""
+        with command_logging():
+            logging.getLogger("vitscope").info("objective: cross entropy")
+            logging.getLogger("vitscope").warning("damaged")
+            with warnings.catch_warnings():  # of pytest's own, which records every warning
+                warnings.resetwarnings()
+                warnings.showwarning = lambda *given, **_: print(warnings.formatwarning(*given[:4]), end="")
+                warnings.warn("null for the intervals", stacklevel=1)
+    finally:
+        run_end.log_tracebacks_to(None)
+    with command_logging():
+        logging.getLogger("vitscope").info("of no run")
+    assert run.log.read_text() == "objective: cross entropy\nwarning: damaged\nwarning: null for the intervals\n"
 
 
 def test_secrets_stay_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.evaluation import Evaluation, RunningEvaluation, evaluate
+from vitscope.core.guard.input_checks import check_weights
 from vitscope.core.guard.probe_guard import refuse_unfit_weights
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.sharding.sharded_parameters import is_sharded
@@ -54,13 +55,14 @@ def check_movable(probe: Probe) -> None:
 
     Raises:
         NumericalError: weights that are not finite.
-        ValueError: weights that are quantized or sparse.
+        ValueError: weights that are quantized, sparse, made in inference mode or without storage.
     """
     if is_sharded(probe.model):
         raise ValueError(
             "Expected whole weights to move, received weights that are sharded over ranks (fully_shard): measure its checkpoint, "
             "or a model with full_tensor() weights."
         )
+    check_weights(probe.model)
     refuse_unfit_weights(probe.model, differentiated=True)
 
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from vitscope.runtime import distributed
 from vitscope.runtime.errors import StorageError
 
 #: ``auto`` takes the first of the others that has space
-PLACEMENTS = ("auto", "device", "cpu", "disk")
+Placement = Literal["auto", "device", "cpu", "disk"]
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
 #: number of processes on this machine, as launchers state it
 _LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 

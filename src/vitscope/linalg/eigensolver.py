@@ -4,7 +4,7 @@ An eigenvalue lies within a Ritz pair's residual r of its value, and within r^2/
 (Parlett, The Symmetric Eigenvalue Problem, ch. 11). A Krylov space holds one direction of each eigenvalue: of a cluster tighter
 than the tolerance it may show only some members. An eigenvalue of which the start vector has next to nothing may be passed over
 while its neighbors look converged; before it appears their residuals rise again, so a search ends after `CONFIRMATIONS`
-products in a row with which all is known.
+products in a row with which all is known (`SMALL_CONFIRMATIONS` in a small space).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from vitscope.runtime import distributed
 #: spectrum, whose eigenvalues follow each other by 1 %, 24 pass one over with two products, 1 with three (27 % more products,
 #: as the values need them) and none with four (39 % more)
 CONFIRMATIONS = 3
+#: the same in a space of at most `SMALL_SIZE` dimensions, where a product costs next to nothing. Of 360 searches at 1e-3 for
+#: five eigenvalues of dense Hessians of 211 and 787 parameters, six pass one over with three products and none with six or more
+SMALL_CONFIRMATIONS, SMALL_SIZE = 10, 5_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def extreme_eigenvalues(
     shift: float = 0.0,
     shared: bool = False,
     memory: BasisBuffer | None = None,
-    confirmations: int = CONFIRMATIONS,
+    confirmations: int | None = None,
     random_share: float | None = None,
     product_error: Callable[[], float] = float,
 ) -> Eigenpairs:
@@ -85,7 +88,7 @@ def extreme_eigenvalues(
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
         n_ends: this many more of the largest, then of the smallest, after the others.
         tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
-        max_products: the most products; what has not converged then says so.
+        max_products: the most products, at least one for each eigenvalue; what has not converged then says so.
         max_memory: bytes that the basis may take, on all ranks together; thick restarts keep to it. None: a quarter of what is
             free.
         vectors: also return the eigenvectors.
@@ -94,7 +97,8 @@ def extreme_eigenvalues(
         shared: every rank runs this on one operator whose products are reduced: all must stop together, and each holds a share
             of the basis.
         memory: memory of the basis, to be used again by the next search, with the same ``shared``; None for its own.
-        confirmations: products in a row with which all eigenvalues must be known.
+        confirmations: products in a row with which all eigenvalues must be known; None for `SMALL_CONFIRMATIONS` in a space of
+            at most `SMALL_SIZE` dimensions and `CONFIRMATIONS` in others.
         random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
             of which that is not asked.
@@ -139,17 +143,20 @@ class Search:
         seed: int = 0,
         shift: float = 0.0,
         memory: BasisBuffer | None = None,
-        confirmations: int = CONFIRMATIONS,
+        confirmations: int | None = None,
         random_share: float | None = None,
     ) -> None:
         _check(len(start), k, which, tol, max_products)
+        # fewer products could not give as many values
+        max_products = max(max_products, min(count(k, which, n_ends), len(start)))
         self.k, self.which, self.n_ends, self.tol, self.max_products = k, which, n_ends, tol, max_products
         least = min(2 * count(k, which, n_ends) + 4, len(start) + 1, max_products + 1)
         memory = memory or BasisBuffer()
         self.rows = memory.plan(start, least, max_products + 1, max_memory)
         self.lanczos = SemiorthogonalLanczos(None, start, self.rows, seed=seed, shift=shift, memory=memory)
         self._at_breakdown: np.ndarray | None = None
-        self.confirmations, self._n_known = confirmations, 0  # products in a row with which all was known
+        usual = SMALL_CONFIRMATIONS if len(start) <= SMALL_SIZE else CONFIRMATIONS
+        self.confirmations, self._n_known = confirmations or usual, 0  # products in a row with which all was known
         self._random_share = random_share
         self._polynomial: KrylovPolynomial | None = None  # that of the last product before a restart
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-WHICH = ("LM", "LA", "SA", "both")
+Which = Literal["LM", "LA", "SA", "both"]
+WHICH: tuple[str, ...] = get_args(Which)
 
 
 class Ritz(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from vitscope.linalg.curvature.start_vector import start_vector
 from vitscope.linalg.eigensolver import Eigenpairs, extreme_eigenvalues
 from vitscope.linalg.power_iteration import power_iteration
 
-SOLVERS = ("lanczos", "power")
+Solver = Literal["lanczos", "power"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
 
 
 @dataclass(frozen=True)

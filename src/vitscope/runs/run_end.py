@@ -1,4 +1,4 @@
-"""End of a run: its status in provenance.json, and the tracebacks of its process in its log."""
+"""End of a run: its status in provenance.json, and the messages and tracebacks of its process in its log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vitscope.config.error_translation import INTERRUPTED, TERMINATED
 from vitscope.runtime import redaction, safe_files
 from vitscope.runtime.errors import StorageError
+from vitscope.runtime.logging import copy_lines_to
 
 if TYPE_CHECKING:  # a command that refuses its arguments has no run and does not load what one needs
     from vitscope.runs.run_dir import Run
@@ -19,9 +20,11 @@ _current: Run | None = None
 
 
 def log_tracebacks_to(run: Run | None) -> None:
-    """Name the run of this process, whose log takes tracebacks from now on; None for no run."""
+    """Name the run of this process, whose log takes messages and tracebacks from now on; None for no run."""
     global _current
     _current = run
+    copy_lines_to(_append if run is not None else None)
+    _append("")  # so that there is a log
 
 
 def current_run() -> Run | None:
@@ -31,10 +34,14 @@ def current_run() -> Run | None:
 
 def log_traceback(text: str) -> None:
     """Append a traceback to the log of the current run, if there is one."""
-    if _current is None:
+    _append(redaction.masked(text))
+
+
+def _append(text: str) -> None:
+    if _current is None or not _current.path.is_dir():
         return
     with contextlib.suppress(OSError, StorageError):  # on a full disk the line on stderr has to do
-        safe_files.append_text(_current.log, redaction.masked(text))
+        safe_files.append_text(_current.log, text)
 
 
 def note_end(run: Run, code: int, **facts: object) -> None:

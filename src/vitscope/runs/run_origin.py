@@ -1,4 +1,4 @@
-"""Origin of a run: the command that makes it, the commit of the code, the versions of packages, the machine and the seed."""
+"""Origin of a run: the command that makes it, the commit of the code, the versions of packages, machine, device and seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vitscope.config import experiment_identity
 from vitscope.core.objective_card import versions
@@ -19,7 +19,7 @@ from vitscope.runtime import redaction
 
 
 def facts(cfg: DictConfig, command: str) -> Mapping[str, Any]:
-    """Return the origin of a run, as ``provenance.json`` states it: command, commit, versions, machine and seed.
+    """Return the origin of a run, as ``provenance.json`` states it: command, commit, versions, machine, device and seed.
 
     Args:
         cfg: Configuration of the run.
@@ -33,8 +33,19 @@ def facts(cfg: DictConfig, command: str) -> Mapping[str, Any]:
         "git_commit": _git_commit(),
         "versions": {**versions(), "pytorch_lightning": _version("pytorch_lightning"), "wandb": _version("wandb")},
         "host": platform.node(),
+        "device": _device(cfg),
         "seed": cfg.get("seed"),
     }
+
+
+def _device(cfg: DictConfig) -> str:
+    """Return the name of the GPU on which the run computes, or ``mps`` or ``cpu``."""
+    import torch  # a command that refuses its arguments does not load it
+
+    accelerators = {str(cfg.get("device")), str(OmegaConf.select(cfg, "trainer.accelerator"))}
+    if "cpu" not in accelerators and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "mps" if "mps" in accelerators else "cpu"
 
 
 def _git_commit() -> str | None:

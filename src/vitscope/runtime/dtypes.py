@@ -11,7 +11,8 @@ DtypeName = Literal["float64", "float32", "bfloat16", "float16"]
 DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
 
 #: types whose rounding a derivative bears
-DERIVATIVE_DTYPE_NAMES = ("float32", "float64")
+DerivativeDtypeName = Literal["float32", "float64"]
+DERIVATIVE_DTYPE_NAMES: tuple[str, ...] = get_args(DerivativeDtypeName)
 
 
 def parse_float_dtype(dtype: str | torch.dtype | None, names: Sequence[str] = DTYPE_NAMES) -> torch.dtype | None:

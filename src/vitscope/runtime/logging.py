@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vitscope.runtime import redaction
 from vitscope.runtime.errors import ConfigError
@@ -27,6 +27,9 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _package_logger = logging.getLogger("vitscope")
 
+#: takes a copy of each line that a command prints, with its line break, see `copy_lines_to`
+_take_copy: Callable[[str], None] | None = None
+
 
 def is_main_process() -> bool:
     """Tell whether this process is rank 0: of the process group, or before there is one by the environment."""
@@ -35,6 +38,19 @@ def is_main_process() -> bool:
     if distributed is not None and is_initialized is not None and is_initialized():
         return distributed.get_rank() == 0
     return all(int(os.environ.get(name, "0")) == 0 for name in _RANK_VARIABLES)
+
+
+def copy_lines_to(take_copy: Callable[[str], None] | None) -> None:
+    """Name a function that takes a copy of each message that a command prints, such as its run's log; None for none."""
+    global _take_copy
+    _take_copy = take_copy
+
+
+def _copied(line: str) -> str:
+    """Return a line, of which the function that `copy_lines_to` named has a copy."""
+    if _take_copy is not None:
+        _take_copy(line)
+    return line
 
 
 def log_problem(logger: logging.Logger, line: str) -> None:
@@ -63,8 +79,9 @@ class _StderrHandler(logging.Handler):
         """Write the record."""
         shows_level = record.levelno >= logging.WARNING and not getattr(record, "has_label", False)
         prefix = f"{record.levelname.lower()}: " if shows_level else ""
+        line = _copied(prefix + redaction.masked(record.getMessage()) + "\n")
         with contextlib.suppress(OSError, ValueError):  # a stream that is closed or full must not end a training
-            print(prefix + redaction.masked(record.getMessage()), file=sys.stderr, flush=True)
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -101,4 +118,4 @@ def _warning_line(
     """Return a warning as one line without its place in the source; '' on other ranks and below the level."""
     if not is_main_process() or not _package_logger.isEnabledFor(logging.WARNING):
         return ""
-    return f"warning: {redaction.masked(' '.join(str(message).split()))}\n"
+    return _copied(f"warning: {redaction.masked(' '.join(str(message).split()))}\n")

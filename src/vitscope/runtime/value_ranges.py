@@ -45,6 +45,18 @@ NonNegativeInt = Annotated[int, _AT_LEAST_0]
 PositiveFloat = Annotated[float, _GREATER_THAN_0]
 NonNegativeFloat = Annotated[float, _AT_LEAST_0]
 
+#: a number of points, the first and the last among them
+IntAboveOne = Annotated[int, ValueRange("at least 2", lambda v: v >= 2)]
+
+#: a number of points, the first, the last and one between them among them
+IntAboveTwo = Annotated[int, ValueRange("at least 3", lambda v: v >= 3)]
+
+#: a number of points on a side, or 0 for none
+IntAboveOneOrNone = Annotated[int, ValueRange("0 or at least 2", lambda v: v == 0 or v >= 2)]
+
+#: a share that is neither nothing nor all, such as the level of an interval or a relative tolerance
+OpenUnitInterval = Annotated[float, ValueRange("between 0 and 1", lambda v: 0 < v < 1)]
+
 #: a probability, or a share that may be all or nothing
 UnitInterval = Annotated[float, ValueRange("in [0, 1]", lambda v: 0 <= v <= 1)]
 

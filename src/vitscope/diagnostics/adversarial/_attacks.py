@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from vitscope.diagnostics.adversarial._losses import Loss, log_odds
 from vitscope.runtime.errors import NumericalError
 
-NORMS = ("linf", "l2")
+Norm = Literal["linf", "l2"]
+NORMS: tuple[str, ...] = get_args(Norm)
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -22,13 +22,13 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
-from vitscope.diagnostics.adversarial._attacks import NORMS, Ball
+from vitscope.diagnostics.adversarial._attacks import NORMS, Ball, Norm
 from vitscope.diagnostics.adversarial._cost import attack_cost
 from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.runtime import stop_flag
 from vitscope.runtime.resumable_map import map_resumably
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import share_interval
 
 #: a gray level in pixels of [0, 1]
@@ -95,14 +95,14 @@ def adversarial(
     *,
     attacks: Sequence[str] = ("fgsm", "pgd"),
     epsilons: Sequence[float] = (1, 2, 4, 8),
-    norm: str = "linf",
+    norm: Norm = "linf",
     loss: str = "ce",
-    steps: int = 20,
-    step_size: float = 2.5,
-    restarts: int = 1,
-    iterations: int = 100,
-    n_targets: int = 9,
-    queries: int = 5000,
+    steps: PositiveInt = 20,
+    step_size: PositiveFloat = 2.5,
+    restarts: PositiveInt = 1,
+    iterations: PositiveInt = 100,
+    n_targets: PositiveInt = 9,
+    queries: PositiveInt = 5000,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: Seed = 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from vitscope.stats.intervals import t_quantile
 #: a distance of densities without overlap
 DISJOINT = float(np.sqrt(np.log(2)))
 #: scales of the axis of densities
-AXES = ("linear", "symlog")
+Axis = Literal["linear", "symlog"]
+AXES: tuple[str, ...] = get_args(Axis)
 #: magnitude from which the signed logarithmic axis is logarithmic, relative to the largest magnitude of all blocks
 _LINEAR_SHARE = 1e-6
 #: quantile of the normal distribution for a two-sided 95 % interval

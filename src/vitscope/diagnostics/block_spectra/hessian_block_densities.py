@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 
@@ -17,10 +17,11 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.block_spectra._block_distances import AXES, BlockDistances, block_distances
+from vitscope.diagnostics.block_spectra._block_distances import AXES, Axis, BlockDistances, block_distances
 from vitscope.diagnostics.block_spectra._parameter_blocks import kinds_of_blocks, n_uncovered, parameter_blocks
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.curvature.product_cost import (
     basis_bytes,
     curvature_options,
@@ -38,9 +39,11 @@ from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_half_width_of_rows
 
 #: names of blocks that stand for a division of all parameters
-DIVISIONS = ("layer", "unit", "kind", "stage", "part")
+Division = Literal["layer", "unit", "kind", "stage", "part"]
+DIVISIONS: tuple[str, ...] = get_args(Division)
 #: scalings that bring eigenvalues of blocks to one axis
-SCALES = ("none", "largest")
+Scale = Literal["none", "largest"]
+SCALES: tuple[str, ...] = get_args(Scale)
 #: a distance between halves of the vectors, relative to that between blocks, from which it is said
 LARGEST_NOISE = 0.5
 
@@ -151,13 +154,13 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def hessian_block_densities(
     probe: Probe,
     *,
-    blocks: str | Sequence[str] | Mapping[str, str | Sequence[str]] = "layer",
+    blocks: Division | Sequence[str] | Mapping[str, str | Sequence[str]] = "layer",
     n_vectors: PositiveInt = 4,
     n_steps: PositiveInt = 30,
     n_grid: PositiveInt = 1024,
     sigma: float | None = None,
-    scale: str = "none",
-    axis: str = "linear",
+    scale: Scale = "none",
+    axis: Axis = "linear",
     n_resamples: PositiveInt = 200,
     partial: ResumableRows | None = None,
     **curvature: Unpack[CurvatureArguments],
@@ -233,7 +236,9 @@ def hessian_block_densities(
     _warn_of_nulls(list(subsets), table["nodes"], n_vectors)
     _warn_of_noise(distances)
     whole = "by " + blocks if isinstance(blocks, str) else ", ".join(subsets)
-    card = probe.card(parameters=whole, bn_policy=options.bn, dtype=cards[0].dtype, solver=solver_of(cards))
+    card = probe.card(
+        parameters=subset_name(probe.model, whole), bn_policy=options.bn, dtype=cards[0].dtype, solver=solver_of(cards)
+    )
     return _result(
         tuple(subsets), kinds_of_blocks(probe, names), np.array(sizes), table, distances,
         n_uncovered({name: p.numel() for name, p in probe.parameters().items()}, names), card,

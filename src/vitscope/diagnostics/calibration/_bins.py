@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ import torch
 from vitscope.core.evaluation import bin_edges, interval_of, sums_of_members
 from vitscope.stats.intervals import share_interval
 
-BINNINGS = ("equal_width", "official")
+Binning = Literal["equal_width", "official"]
+BINNINGS: tuple[str, ...] = get_args(Binning)
 
 
 class Bins(NamedTuple):

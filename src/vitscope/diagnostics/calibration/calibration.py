@@ -24,7 +24,7 @@ from vitscope.diagnostics.calibration._debiased import DebiasedError, debiased_e
 from vitscope.diagnostics.calibration._temperature import fit_temperature
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import PositiveInt, Seed, ShareBelowOne
 from vitscope.stats.intervals import estimate, few_images, share_interval, where_enough_wrong
 
 
@@ -134,9 +134,9 @@ def calibration(
     probe: Probe,
     *,
     validation: ValidationProbe | None = None,
-    n_bins: int = 10,
-    binning: str = "equal_width",
-    cutoff: float = 0.9,
+    n_bins: PositiveInt = 10,
+    binning: _bins.Binning = "equal_width",
+    cutoff: ShareBelowOne = 0.9,
     seed: Seed = 0,
 ) -> CalibrationResult:
     """Measure calibration, and what is left of the error after temperature scaling.

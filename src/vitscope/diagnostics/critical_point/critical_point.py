@@ -36,7 +36,7 @@ from vitscope.linalg.optimizer_stability import adam_scale
 from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
-from vitscope.runtime.value_ranges import PositiveFloat
+from vitscope.runtime.value_ranges import IntAboveTwo, PositiveFloat
 
 #: shares of the slice's end that are looked at besides its points: terms of higher order may hide the fall farther out
 NEARER = (0.1, 0.01)
@@ -149,8 +149,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def critical_point(
     probe: Probe,
     *,
-    stationary: float = 1e-3,
-    n_points: int = 21,
+    stationary: PositiveFloat = 1e-3,
+    n_points: IntAboveTwo = 21,
     span: PositiveFloat = 1.0,
     **curvature: Unpack[SearchArguments],
 ) -> CriticalPointResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 
-METHODS = ("hutchinson", "exact")
+Method = Literal["hutchinson", "exact"]
+METHODS: tuple[str, ...] = get_args(Method)
 #: levels of the quantiles of each parameter's entries
 QUANTILES = (0.05, 0.5, 0.95)
 
@@ -96,7 +97,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
 def hessian_diagonal(
     probe: Probe,
     *,
-    method: str = "hutchinson",
+    method: Method = "hutchinson",
     n_vectors: PositiveInt = 100,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianDiagonalResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from vitscope.runtime.progress import track
 from vitscope.stats.intervals import share_interval
 
 #: values of ``classes`` besides a list
-CHOICES = ("all", "present")
+Choice = Literal["all", "present"]
+CHOICES: tuple[str, ...] = get_args(Choice)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
-def evaluation(probe: Probe, *, classes: str | Sequence[int | str] = "all") -> EvaluationResult:
+def evaluation(probe: Probe, *, classes: Choice | Sequence[int | str] = "all") -> EvaluationResult:
     """Evaluate a model on the probe's images.
 
     Args:

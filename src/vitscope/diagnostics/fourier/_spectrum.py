@@ -7,14 +7,15 @@ pixel, so that 1 is the Nyquist frequency and bin k of n lies at 2k/n.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PATHS = ("diagonal", "radial")
+SpectrumPath = Literal["diagonal", "radial"]
+PATHS: tuple[str, ...] = get_args(SpectrumPath)
 
 #: added to amplitudes before the logarithm, as in the official notebook
 EPS = 1e-6

@@ -24,12 +24,12 @@ from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.fourier._branch_sums import BranchSums, TransferSettings
-from vitscope.diagnostics.fourier._spectrum import EPS, frequencies
+from vitscope.diagnostics.fourier._spectrum import EPS, SpectrumPath, frequencies
 from vitscope.models.structure.residual_units import Unit, reading_branches
 from vitscope.models.structure.residual_units import units as units_of
 from vitscope.runtime.distributed import failing_together, gather_objects, world_size
 from vitscope.runtime.progress import track
-from vitscope.runtime.value_ranges import Seed
+from vitscope.runtime.value_ranges import NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
 from vitscope.stats.intervals import check_level, few_images
 
 
@@ -164,11 +164,11 @@ def branch_transfer(
     *,
     initial: UntrainedModel | None = None,
     units: Sequence[Unit] | None = None,
-    path: str = "radial",
-    level: float = 0.95,
-    n_resamples: int = 1000,
+    path: SpectrumPath = "radial",
+    level: OpenUnitInterval = 0.95,
+    n_resamples: PositiveInt = 1000,
     seed: Seed = 0,
-    eps: float = EPS,
+    eps: NonNegativeFloat = EPS,
 ) -> BranchTransferResult:
     """Measure the effect of each residual unit on the spatial frequencies of its input, by kind with bootstrap intervals.
 

@@ -19,8 +19,9 @@ from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, frequencies, spectrum, varies
+from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, SpectrumPath, frequencies, spectrum, varies
 from vitscope.runtime.distributed import gather_objects
+from vitscope.runtime.value_ranges import NonNegativeFloat, OpenUnitInterval
 from vitscope.stats.intervals import Estimate, check_level, few_images
 
 
@@ -94,7 +95,9 @@ class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequen
         return values
 
 
-def accumulate(probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS) -> _Sums:
+def accumulate(
+    probe: Probe, *, path: SpectrumPath = "diagonal", level: OpenUnitInterval = 0.95, eps: NonNegativeFloat = EPS
+) -> _Sums:
     """Return what `relative_log_amplitude` keeps between batches; arguments and errors are its own."""
     check_level(level)
     probe.check_kinds()
@@ -114,7 +117,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 @shares_pass(accumulate)
 @record_options
 def relative_log_amplitude(
-    probe: Probe, *, path: str = "diagonal", level: float = 0.95, eps: float = EPS
+    probe: Probe, *, path: SpectrumPath = "diagonal", level: OpenUnitInterval = 0.95, eps: NonNegativeFloat = EPS
 ) -> RelativeLogAmplitudeResult:
     """Measure the relative log amplitude of the feature maps at every tap, in one forward pass a batch.
 

@@ -21,7 +21,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.runtime.distributed import failing_together
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import check_level
 
 
@@ -82,7 +82,7 @@ def fourier_heatmap(
     n: PositiveInt | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
     seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> FourierHeatmapResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -30,10 +31,11 @@ from vitscope.diagnostics.frequency_noise._bands import (
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.diagnostics.frequency_noise._scale import pixel_std
 from vitscope.runtime.distributed import failing_together
-from vitscope.runtime.value_ranges import PositiveFloat, Seed
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import LEAST_EVENTS, check_level, few_images, where_enough_wrong
 
-CONSTRUCTIONS = ("equal_rms", "official")
+Construction = Literal["equal_rms", "official"]
+CONSTRUCTIONS: tuple[str, ...] = get_args(Construction)
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def frequency_noise_robustness(
     probe: Probe,
     *,
-    n_bands: int = 10,
+    n_bands: PositiveInt = 10,
     rms: PositiveFloat = 0.1,
     curve_rms: Sequence[float] = (),
-    construction: str = "equal_rms",
+    construction: Construction = "equal_rms",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
     seed: Seed = 0,
     partial: ResumableRows | None = None,
 ) -> FrequencyNoiseRobustnessResult:

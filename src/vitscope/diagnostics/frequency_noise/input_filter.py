@@ -20,6 +20,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.runtime.distributed import failing_together
+from vitscope.runtime.value_ranges import OpenUnitInterval
 from vitscope.stats.intervals import check_level
 
 
@@ -80,7 +81,7 @@ def input_filter(
     probe: Probe,
     *,
     cutoffs: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
     partial: ResumableRows | None = None,
 ) -> InputFilterResult:
     """Measure accuracy on images without the frequencies above, or below, each cut-off.

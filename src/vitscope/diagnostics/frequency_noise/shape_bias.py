@@ -19,6 +19,7 @@ from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import all_reduce_sum, failing_together, world_size
 from vitscope.runtime.progress import track
+from vitscope.runtime.value_ranges import OpenUnitInterval
 from vitscope.stats.intervals import check_level, share_interval
 
 
@@ -75,7 +76,9 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
-def shape_bias(probe: Probe, *, texture: Sequence[int] | None = None, level: float = 0.95) -> ShapeBiasResult:
+def shape_bias(
+    probe: Probe, *, texture: Sequence[int] | None = None, level: OpenUnitInterval = 0.95
+) -> ShapeBiasResult:
     """Measure how often a model follows shape where shape and texture disagree.
 
     Args:

@@ -11,7 +11,8 @@ from vitscope.diagnostics.hessian.spectral_density import SpectralDensityResult,
 from vitscope.linalg.eigensolver import extreme_eigenvalues
 from vitscope.linalg.interchange.foreign_operators import ForeignOperator
 from vitscope.linalg.quadrature import check_quadrature
-from vitscope.runtime.value_ranges import PositiveInt, Seed
+from vitscope.linalg.ritz_values import Which
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveInt, Seed
 
 #: products in a row with which all eigenvalues must be known. Without a gradient the start is random: of 540 searches for the
 #: largest eigenvalue of matrices of three spectra, at tolerances of 1e-2 to 1e-4, 15 passed it over with 3 such products, 3 with
@@ -23,9 +24,9 @@ def eigenvalues_of(
     operator: Any,
     *,
     k: PositiveInt = 5,
-    which: str = "LM",
-    tol: float = 1e-3,
-    max_products: int = 200,
+    which: Which = "LM",
+    tol: OpenUnitInterval = 1e-3,
+    max_products: PositiveInt = 200,
     max_memory: float | None = None,
     eigenvectors: bool = False,
     seed: Seed = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from vitscope.core.results.result import Result
 from vitscope.diagnostics.hessian.hessian_max_eigenvalue_spectrum import hessian_max_eigenvalue_spectrum
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures, solver_of
-from vitscope.linalg.curvature.parameter_subsets import part_sizes
+from vitscope.linalg.curvature.parameter_subsets import part_sizes, subset_name
 from vitscope.linalg.curvature.product_cost import curvature_options, restricted, with_options
 from vitscope.models.structure.parameter_groups import KIND_ORDER, parameter_kinds, parameter_stages
 from vitscope.runtime.value_ranges import PositiveInt
@@ -77,7 +77,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def hessian_by_kind(
     probe: Probe,
     *,
-    by: str = "kind",
+    by: Literal["kind", "stage", "part"] = "kind",
     n_top: PositiveInt = 5,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianByKindResult:
@@ -121,7 +121,7 @@ def hessian_by_kind(
         ape=np.array([s.average_positive_eigenvalue for s in spectra]),
         ape_intervals=np.stack([s.average_positive_eigenvalue_interval for s in spectra]),
         card=probe.card(
-            parameters=f"by {by}",
+            parameters=subset_name(probe.model, f"by {by}"),
             bn_policy=CurvatureOptions(**curvature).bn,
             dtype=card.dtype,
             solver=solver_of([s.card for s in spectra if s.card is not None]),

@@ -18,6 +18,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import basis_bytes, mean_products, search_products
 from vitscope.linalg.curvature.start_vector import RANDOM_SHARE, warm_start
+from vitscope.linalg.ritz_values import Which
 from vitscope.linalg.solvers import solve
 from vitscope.runtime.value_ranges import PositiveInt
 
@@ -85,7 +86,7 @@ def hessian_eigenvalues(
     probe: Probe,
     *,
     k: PositiveInt = 5,
-    which: str = "LM",
+    which: Which = "LM",
     eigenvectors: bool = False,
     start: np.ndarray | Tensor | HessianEigenvaluesResult | None = None,
     **curvature: Unpack[CurvatureArguments],

@@ -20,7 +20,7 @@ from vitscope.linalg.curvature.curvature_options import CurvatureArguments, Curv
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import basis_bytes, batch_products, search_products
 from vitscope.runtime.resumable_map import Row
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
+from vitscope.runtime.value_ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def hessian_max_eigenvalue_spectrum(
     probe: Probe,
     *,
     n_top: PositiveInt = 5,
-    n_ends: int = 0,
+    n_ends: NonNegativeInt = 0,
     budget_s: PositiveFloat | None = None,
     batches_at_once: int | None = None,
     partial: ResumableRows | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from vitscope.runtime.progress import track
 from vitscope.runtime.value_ranges import PositiveInt
 from vitscope.stats.intervals import t_quantile
 
-METHODS = ("hutchinson", "hutch++")
+Method = Literal["hutchinson", "hutch++"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def hessian_trace(
     probe: Probe,
     *,
-    method: str = "hutchinson",
+    method: Method = "hutchinson",
     n_vectors: PositiveInt = 30,
     **curvature: Unpack[OperatorArguments],
 ) -> HessianTraceResult:

@@ -23,7 +23,7 @@ from vitscope.linalg.eigensolver import Eigenpairs
 from vitscope.linalg.krylov_basis import dot
 from vitscope.linalg.solvers import solve
 from vitscope.models.structure.parameter_groups import kinds_of_probe
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def rayleigh_split(
     probe: Probe,
     *,
     k: PositiveInt = 5,
-    n_ends: int = 2,
+    n_ends: NonNegativeInt = 2,
     **curvature: Unpack[SearchArguments],
 ) -> RayleighSplitResult:
     """Split the Rayleigh quotient of each extreme eigenvector of the Hessian of the mean over all batches.

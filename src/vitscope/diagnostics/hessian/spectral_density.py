@@ -110,7 +110,7 @@ def spectral_density(
     *,
     n_vectors: PositiveInt = 4,
     n_steps: PositiveInt = 30,
-    n_grid: int = 1024,
+    n_grid: PositiveInt = 1024,
     sigma: float | None = None,
     partial: ResumableRows | None = None,
     **curvature: Unpack[OperatorArguments],

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from vitscope.core.losses.targets import hard_targets, labeled
 from vitscope.core.probe import Probe
 from vitscope.runtime import stop_flag
 
-FISHERS = ("type-2", "mc", "empirical")
-APPROXIMATIONS = ("expand", "reduce")
+Fisher = Literal["type-2", "mc", "empirical"]
+FISHERS: tuple[str, ...] = get_args(Fisher)
+Approximation = Literal["expand", "reduce"]
+APPROXIMATIONS: tuple[str, ...] = get_args(Approximation)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.kronecker._kfac_factors import (
     APPROXIMATIONS,
     FISHERS,
+    Approximation,
+    Fisher,
     covered_layers,
     kronecker_factors_of,
     refuse_without_curvlinops,
@@ -30,6 +32,7 @@ from vitscope.diagnostics.kronecker._kfac_factors import (
 from vitscope.diagnostics.kronecker._layers import present_kinds
 from vitscope.diagnostics.kronecker._power_laws import LEAST_POINTS, PowerLaw, fit_power_law, mean_by_kind
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.curvature.product_cost import curvature_options
 from vitscope.models.structure.parameter_groups import kinds_of_probe
 from vitscope.runtime.value_ranges import PositiveInt, PositiveShare
@@ -133,8 +136,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 def kronecker_factors(
     probe: Probe,
     *,
-    fisher: str = "type-2",
-    approximation: str = "expand",
+    fisher: Fisher = "type-2",
+    approximation: Approximation = "expand",
     n_values: PositiveInt = 64,
     least_share: PositiveShare = 1e-3,
     **curvature: Unpack[CurvatureArguments],
@@ -173,7 +176,7 @@ def kronecker_factors(
         factors = kronecker_factors_of(probe, model, layers, fisher, approximation, options.seed)
         n_covered = sum(_weight(layers[name]).numel() for name in factors)
         card = probe.card(
-            parameters="weights of linear layers and convolutions",
+            parameters=subset_name(model, "weights of linear layers and convolutions"),
             solver={"operator": f"K-FAC {fisher}", "seed": options.seed},
         )
     names = tuple(factors)

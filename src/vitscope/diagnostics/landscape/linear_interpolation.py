@@ -31,7 +31,7 @@ from vitscope.linalg.weights.weight_space_walk import points_on_segment, squared
 from vitscope.models.state_dicts import with_default_keys
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row, map_resumably
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import IntAboveOne
 
 #: the name under which the probe's own weights are an end
 MODEL = "model"
@@ -104,7 +104,7 @@ def linear_interpolation(
     checkpoints: RunCheckpoints,
     start: str | None = None,
     end: str | None = None,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     t_min: float = 0.0,
     t_max: float = 1.0,
     bn: BatchNormPolicy = "eval",

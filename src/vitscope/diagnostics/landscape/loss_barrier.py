@@ -23,7 +23,7 @@ from vitscope.diagnostics.landscape.linear_interpolation import (
     path_cost,
 )
 from vitscope.runtime.dtypes import DtypeName
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import IntAboveOne
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def loss_barrier(
     checkpoints: RunCheckpoints,
     start: str | None = None,
     end: str | None = None,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     bn: BatchNormPolicy = "eval",
     alignment: Alignment = "none",
     dtype: DtypeName | torch.dtype | None = None,

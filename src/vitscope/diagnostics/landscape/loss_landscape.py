@@ -20,12 +20,13 @@ from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.linalg.weights.weight_space_walk import SquaredNorms, squared_norms
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Partial, Row
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import IntAboveOne, PositiveFloat, Seed
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def loss_landscape(
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: PositiveFloat = 1.0,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,
@@ -201,7 +202,9 @@ def loss_landscape(
         labels=axes.labels,
         path=axes.path,
         projection_error=axes.projection_error,
-        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
+        card=probe.card(
+            parameters=subset_name(probe.model), bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)
+        ),
     )
 
 

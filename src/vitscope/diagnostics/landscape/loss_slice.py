@@ -20,9 +20,10 @@ from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import IntAboveOne, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
 
 
@@ -106,7 +107,7 @@ def loss_slice(
     normalization: Normalization | None = None,
     ignore: str | Sequence[str] | None = None,
     span: PositiveFloat = 1.0,
-    n: PositiveInt = 21,
+    n: IntAboveOne = 21,
     n_directions: PositiveInt = 1,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
@@ -168,5 +169,7 @@ def loss_slice(
         normalization=source.scaling,
         direction_norms=lines["direction_norm"][:, 0],
         n_nonfinite=int((~np.isfinite(lines["nll"])).sum()),
-        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
+        card=probe.card(
+            parameters=subset_name(probe.model), bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)
+        ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from vitscope.diagnostics.landscape._adaptive_sharpness import (
 from vitscope.diagnostics.landscape._direction_options import Source
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.diagnostics.landscape._worst_case import worst_rises
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import t_half_width_of_rows
@@ -145,11 +146,11 @@ def sharpness(
     probe: Probe,
     *,
     radii: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
-    n_pairs: int = 20,
-    normalization: str = "filter",
+    n_pairs: PositiveInt = 20,
+    normalization: Literal["filter", "layer"] = "filter",
     ignore: str | Sequence[str] = "bias_bn",
     n_steps: NonNegativeInt = 10,
-    n_starts: int = 2,
+    n_starts: PositiveInt = 2,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     adaptive: Sequence[AdaptiveMeasure] = (),
@@ -254,7 +255,9 @@ def sharpness(
         accuracy_center=center["accuracy"],
         n_nonfinite=int((~np.isfinite(nll)).sum()),
         **_adaptive_fields(options, rises),
-        card=probe.card(bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)),
+        card=probe.card(
+            parameters=subset_name(probe.model), bn_policy=bn, solver=facts, dtype=evaluation_dtype(probe, kind)
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import ResumableRows
 from vitscope.core.running_mean import RunningMean, check_any_image, estimates
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.core.weight_space import BN_POLICIES
+from vitscope.core.weight_space import BN_POLICIES, BatchNormPolicy
 from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_by_lesion
 from vitscope.diagnostics.lesion._cost import chosen_lesions, chosen_units, lesion_cost
 from vitscope.diagnostics.lesion._lesions import Lesion
@@ -119,7 +119,7 @@ def lesion(
     probe: Probe,
     *,
     removals: Sequence[str] = ("branch_zero", "conv3x3_identity", "stage"),
-    bn: str = "eval",
+    bn: BatchNormPolicy = "eval",
     cache: bool = True,
     units: Sequence[Unit] | None = None,
     partial: ResumableRows | None = None,

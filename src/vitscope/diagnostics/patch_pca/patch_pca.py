@@ -32,7 +32,7 @@ from vitscope.diagnostics.patch_pca._components import (
 )
 from vitscope.diagnostics.patch_pca._sums import PatchSums
 from vitscope.runtime.distributed import gather_objects
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveInt
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
 from vitscope.stats.jackknife import jackknife_half_width
 
@@ -124,7 +124,7 @@ class PatchPcaResult(
 
 
 def accumulate(
-    probe: Probe, *, images: PositiveInt = 8, taps: str | Sequence[str] = "last", level: float = 0.95
+    probe: Probe, *, images: PositiveInt = 8, taps: str | Sequence[str] = "last", level: OpenUnitInterval = 0.95
 ) -> _Accumulator:
     """Return what `patch_pca` keeps between batches; arguments and errors are its own."""
     check_level(level)
@@ -144,7 +144,7 @@ def patch_pca(
     taps: str | Sequence[str] = "last",
     foreground: float | None = None,
     reference: PatchPcaResult | str | Path | None = None,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> PatchPcaResult:
     """Measure the principal components of patch features over all images and color the patches of the first ones.
 

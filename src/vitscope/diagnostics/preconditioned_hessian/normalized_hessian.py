@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
 from vitscope.linalg.curvature.operator_factory import curvatures
+from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products, restricted
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
+from vitscope.linalg.ritz_values import Which
 from vitscope.linalg.weights.directions import filter_parameters, moving
 from vitscope.linalg.weights.effective_weights import pruning_masks, refuse_made_weights
 from vitscope.runtime.value_ranges import PositiveInt
@@ -77,8 +79,8 @@ def normalized_hessian(
     probe: Probe,
     *,
     k: PositiveInt = 5,
-    which: str = "LM",
-    normalization: str = "weight",
+    which: Which = "LM",
+    normalization: Literal["weight", "filter"] = "weight",
     ignore: str = "bias_bn",
     **curvature: Unpack[CurvatureArguments],
 ) -> NormalizedHessianResult:
@@ -121,6 +123,7 @@ def normalized_hessian(
         raise ValueError(f"Expected normalization to be weight or filter, received {normalization!r}.")
     moving_names = list(moving(dict(probe.parameters()), ignore))
     options = CurvatureOptions(**{**curvature, "parameters": moving_names})
+    subset = subset_name(probe.model, f"all but {ignore}")  # inside `curvatures` the others' gradients are switched off
     with curvatures(probe, options) as operators:
         mean, parameters = operators.mean(), operators.parameters
         refuse_made_weights(operators.model, parameters, "filter")
@@ -149,7 +152,7 @@ def normalized_hessian(
                     **options.values("tol", "max_products", "seed"),
                     "normalization": normalization,
                 },
-                parameters=f"all but {ignore}",
+                parameters=subset,
             ),
         )
 

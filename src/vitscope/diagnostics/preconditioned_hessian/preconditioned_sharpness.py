@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -97,7 +97,7 @@ def preconditioned_sharpness(
     optimizer: Optimizer | None = None,
     lr: float | None = None,
     beta1: float | None = None,
-    preconditioner: str = "auto",
+    preconditioner: Literal["auto", "adamw", "identity"] = "auto",
     k: PositiveInt = 1,
     **curvature: Unpack[SearchArguments],
 ) -> PreconditionedSharpnessResult:

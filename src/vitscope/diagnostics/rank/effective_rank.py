@@ -20,6 +20,7 @@ from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.linalg.feature_moments import FeatureMoments, moments_of
 from vitscope.runtime import distributed
+from vitscope.runtime.value_ranges import PositiveInt
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
 
-def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
+def accumulate(probe: Probe, *, positions: PositiveInt | None = 16) -> _Sums:
     """Return what `effective_rank` keeps between batches; arguments and errors are its own."""
     if positions is not None and positions < 1:
         raise ValueError(f"Expected at least one position, received {positions}.")
@@ -75,7 +76,7 @@ def accumulate(probe: Probe, *, positions: int | None = 16) -> _Sums:
 @declares_cost(feature_pass_cost(accumulate))
 @shares_pass(accumulate)
 @record_options
-def effective_rank(probe: Probe, *, positions: int | None = 16) -> EffectiveRankResult:
+def effective_rank(probe: Probe, *, positions: PositiveInt | None = 16) -> EffectiveRankResult:
     """Measure the rank of the features at every tap in one forward pass a batch, from running sums alone.
 
     With covariance eigenvalues l_i and singular values s_i = sqrt(l_i): effective rank ``exp(-sum p_i ln p_i)``, ``p_i = s_i /

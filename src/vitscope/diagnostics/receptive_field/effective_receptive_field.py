@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -26,20 +26,23 @@ from vitscope.core.tap import Tap, chosen_taps, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.receptive_field._gradients import RADIUS_SHARES, FieldsOfTaps, field_pass, measure_fields
 from vitscope.runtime.text_layout import count_text
+from vitscope.runtime.value_ranges import OpenUnitInterval
 from vitscope.stats.intervals import LEAST_IMAGES, check_level, few_images
 from vitscope.stats.jackknife import jackknife_half_width
 
 _logger = logging.getLogger(__name__)
 
 #: contributions of a pixel
-CONTRIBUTIONS = ("squared", "channels", "positive")
+Contribution = Literal["squared", "channels", "positive"]
+CONTRIBUTIONS: tuple[str, ...] = get_args(Contribution)
 
 #: coherence of channels below which their gradients cancel: networks with residual streams have 0.25 and more, those whose
 #: stream is the output of a LayerNorm and small branches 0.01 and less
 LEAST_COHERENCE = 0.05
 
 #: points around which radii and squares lie
-CENTERS = ("mass", "cell")
+Center = Literal["mass", "cell"]
+CENTERS: tuple[str, ...] = get_args(Center)
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,11 @@ def effective_receptive_field(
     probe: Probe,
     *,
     taps: str | Sequence[str] = "stages",
-    contribution: str = "squared",
-    center: str = "mass",
+    contribution: Contribution = "squared",
+    center: Center = "mass",
     area_shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99),
     initial: UntrainedModel | None = None,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> EffectiveReceptiveFieldResult:
     """Measure which pixels the central position of a map depends on: one backward pass a batch for each tap.
 

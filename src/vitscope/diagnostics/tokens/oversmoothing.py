@@ -26,6 +26,7 @@ from vitscope.diagnostics.tokens._smoothness import mean_cosine, rank1_residual
 from vitscope.diagnostics.tokens._token_tables import numbers
 from vitscope.models.structure.attention_units import AttentionUnit
 from vitscope.runtime import distributed
+from vitscope.runtime.value_ranges import OpenUnitInterval
 from vitscope.stats.intervals import Estimate, check_level, few_images
 
 #: norms of the rank-1 residual
@@ -113,7 +114,9 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else np.nan
 
 
-def accumulate(probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: float = 0.95) -> _Sums:
+def accumulate(
+    probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: OpenUnitInterval = 0.95
+) -> _Sums:
     """Return what `oversmoothing` keeps between batches; arguments and errors are its own."""
     check_level(level)
     if norm not in NORMS:
@@ -126,7 +129,7 @@ def accumulate(probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobe
 @shares_pass(accumulate)
 @record_options
 def oversmoothing(
-    probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: float = 0.95
+    probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: OpenUnitInterval = 0.95
 ) -> OversmoothingResult:
     """Measure how alike the tokens of an image become with depth, in one forward pass a batch.
 

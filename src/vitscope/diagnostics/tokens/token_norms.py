@@ -31,7 +31,7 @@ from vitscope.diagnostics.tokens._token_statistics import (
     tap_facts,
 )
 from vitscope.diagnostics.tokens._token_tables import QUANTILES, largest_channels, numbers, padded, quantiles, stacked
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveFloat, PositiveInt
 from vitscope.stats.intervals import check_level, few_images
 
 
@@ -162,7 +162,7 @@ def accumulate(
     threshold: PositiveFloat | None = None,
     norm_images: PositiveInt | None = 512,
     positions: PositiveInt | None = 16,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> _Sums:
     """Return what `token_norms` keeps between batches; arguments and errors are its own."""
     check_level(level)
@@ -182,7 +182,7 @@ def token_norms(
     threshold: PositiveFloat | None = None,
     norm_images: PositiveInt | None = 512,
     positions: PositiveInt | None = 16,
-    level: float = 0.95,
+    level: OpenUnitInterval = 0.95,
 ) -> TokenNormsResult:
     """Measure the norms of tokens at every tap in one forward pass a batch: patch, class, distillation and register tokens.
 

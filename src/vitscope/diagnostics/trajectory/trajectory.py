@@ -24,7 +24,7 @@ from vitscope.linalg.weights.effective_weights import canonical_names
 from vitscope.linalg.weights.plane_evaluation import plane_rows
 from vitscope.runtime.dtypes import DtypeName, parse_float_dtype
 from vitscope.runtime.resumable_map import Row
-from vitscope.runtime.value_ranges import PositiveInt, Seed
+from vitscope.runtime.value_ranges import IntAboveOneOrNone, NonNegativeFloat, Seed
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def trajectory(
     *,
     checkpoints: RunCheckpoints,
     labels: Sequence[str] | None = None,
-    n: PositiveInt = 0,
-    margin: float = 0.2,
+    n: IntAboveOneOrNone = 0,
+    margin: NonNegativeFloat = 0.2,
     seed: Seed = 0,
     bn: BatchNormPolicy = "eval",
     dtype: DtypeName | torch.dtype | None = None,

@@ -22,6 +22,7 @@ from vitscope.core.shared_values.feature_squares import channel_squares, channel
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.runtime.distributed import gather_objects
+from vitscope.runtime.value_ranges import OpenUnitInterval
 from vitscope.stats.intervals import Estimate, check_level, few_images
 
 #: variance below this share of the mean square: single precision sums cancel, so the map is measured again in double
@@ -73,7 +74,7 @@ class FeatureMapVarianceResult(Result, coordinates=TAP_COORDINATES):
         return values
 
 
-def accumulate(probe: Probe, *, level: float = 0.95) -> _Sums:
+def accumulate(probe: Probe, *, level: OpenUnitInterval = 0.95) -> _Sums:
     """Return what `feature_map_variance` keeps between batches; arguments and errors are its own."""
     check_level(level)
     probe.check_kinds()
@@ -89,7 +90,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 @declares_cost(feature_pass_cost(accumulate, _result_bytes))
 @shares_pass(accumulate)
 @record_options
-def feature_map_variance(probe: Probe, *, level: float = 0.95) -> FeatureMapVarianceResult:
+def feature_map_variance(probe: Probe, *, level: OpenUnitInterval = 0.95) -> FeatureMapVarianceResult:
     """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
 
     The official code's ``latent.var(dim=(-1, -2))`` (unbiased), mean over images and channels, prefix tokens dropped.

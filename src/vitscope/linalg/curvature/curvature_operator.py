@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ from vitscope.linalg.differences.central_differences import CentralDifferences, 
 from vitscope.linalg.krylov_basis import norm
 from vitscope.runtime import distributed, stop_flag
 
-KINDS = ("hessian", "ggn", "fisher_mc", "fisher_empirical")
-PRODUCTS = ("reverse", "linearize", "difference")
+OperatorKind = Literal["hessian", "ggn", "fisher_mc", "fisher_empirical"]
+KINDS: tuple[str, ...] = get_args(OperatorKind)
+ProductKind = Literal["reverse", "linearize", "difference"]
+PRODUCTS: tuple[str, ...] = get_args(ProductKind)
 
 #: yields ``(number of the batch's first image, (x, y))`` of this rank's share, as often as it is called
 Batches = Callable[[], Iterable[tuple[int, tuple[Inputs, Tensor]]]]

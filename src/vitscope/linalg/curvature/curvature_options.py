@@ -6,19 +6,22 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ParamSpec, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args, get_type_hints
 
 import torch
 
-from vitscope.linalg.basis_memory import check_placement
-from vitscope.linalg.curvature.curvature_operator import check_operator
+from vitscope.linalg.basis_memory import Placement, check_placement
+from vitscope.linalg.curvature.curvature_operator import OperatorKind, ProductKind, check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
-from vitscope.linalg.solvers import check_solver
-from vitscope.runtime.dtypes import DERIVATIVE_DTYPE_NAMES, parse_float_dtype
-from vitscope.runtime.value_ranges import PositiveFloat, Seed
+from vitscope.linalg.solvers import Solver, check_solver
+from vitscope.runtime.dtypes import DERIVATIVE_DTYPE_NAMES, DerivativeDtypeName, parse_float_dtype
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveFloat, PositiveInt, Seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: statistics of BatchNorm: the running ones, or those of each batch
+BatchNormStatistics = Literal["eval", "batch"]
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,18 @@ class CurvatureOptions:
             Hessian, or a ``difference_step`` without it.
     """
 
-    tol: float = 1e-3
-    solver: str = "lanczos"
-    operator: str = "hessian"
+    tol: OpenUnitInterval = 1e-3
+    solver: Solver = "lanczos"
+    operator: OperatorKind = "hessian"
     parameters: str | Sequence[str] | None = None
-    dtype: str | torch.dtype | None = None
-    bn: str = "eval"
-    product: str = "reverse"
+    dtype: DerivativeDtypeName | torch.dtype | None = None
+    bn: BatchNormStatistics = "eval"
+    product: ProductKind = "reverse"
     difference_step: PositiveFloat | None = None
     micro_batch: int | None = None
-    max_products: int = 200
+    max_products: PositiveInt = 200
     max_memory: float | None = None
-    basis: str = "auto"
+    basis: Placement = "auto"
     checkpoint_blocks: bool = False
     seed: Seed = 0
 
@@ -119,18 +122,18 @@ class SharedArguments(TypedDict, total=False):
     """The fields of `CurvatureOptions` that most measures take, as keyword arguments of a function."""
 
     parameters: str | Sequence[str] | None
-    dtype: str | torch.dtype | None
-    bn: str
+    dtype: DerivativeDtypeName | torch.dtype | None
+    bn: BatchNormStatistics
     micro_batch: int | None
-    basis: str
+    basis: Placement
     seed: Seed
 
 
 class OperatorArguments(SharedArguments, total=False):
     """The fields that choose an operator and how its products are computed: all of a measure that searches no eigenvalue."""
 
-    operator: str
-    product: str
+    operator: OperatorKind
+    product: ProductKind
     difference_step: PositiveFloat | None
     checkpoint_blocks: bool
 
@@ -138,15 +141,15 @@ class OperatorArguments(SharedArguments, total=False):
 class SearchArguments(SharedArguments, total=False):
     """The fields of a search for eigenvalues of the Hessian, with products by reverse mode."""
 
-    tol: float
-    max_products: int
+    tol: OpenUnitInterval
+    max_products: PositiveInt
     max_memory: float | None
 
 
 class CurvatureArguments(OperatorArguments, SearchArguments, total=False):
     """All fields of `CurvatureOptions`."""
 
-    solver: str
+    solver: Solver
 
 
 def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:

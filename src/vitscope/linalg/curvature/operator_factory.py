@@ -46,6 +46,7 @@ class Curvatures:
         model: the probe's model.
         parameters: the parameters analyzed, by name.
         options: options of the operators.
+        subset: the parameters as the objective card names them.
         n_samples: number of labels drawn for each image by ``fisher_mc``.
         buffers: memory of bases that `basis_memory` gave.
         records: steps and errors of products by differences, of each operator and each row that was read.
@@ -55,6 +56,7 @@ class Curvatures:
     model: nn.Module
     parameters: dict[str, Tensor]
     options: CurvatureOptions
+    subset: str
     n_samples: int = 1
     buffers: list[BasisBuffer] = field(default_factory=list, repr=False)
     records: list[DifferenceRecord] = field(default_factory=list, repr=False)
@@ -112,7 +114,7 @@ class Curvatures:
             facts["dropout"] = f"off ({n_random} dropout or drop-path modules)"
         return self.probe.card(
             **{
-                "parameters": subset_name(self.options.subset),
+                "parameters": self.subset,
                 "bn_policy": self.options.bn,
                 "solver": facts,
                 **overrides,
@@ -240,6 +242,7 @@ def curvatures(
     probe.parameters()  # refuses a model without any, before anything is computed
     keeps_shards = mean_alone and is_sharded(probe.model) and _allows_shards(probe, options)
     by_differences = options.product == "difference"
+    subset = subset_name(probe.model, options.subset)  # before the others' gradients are switched off below
     guard = probe.guard(
         second_order=True,
         dtype=options.torch_dtype,
@@ -262,4 +265,4 @@ def curvatures(
             _refuse_kinks(model, probe, parameters)
         modules = block_modules(model, probe.first_images()) if options.checkpoint_blocks else {}
         with recomputed_blocks(modules):
-            yield Curvatures(probe, model, parameters, options, n_samples)
+            yield Curvatures(probe, model, parameters, options, subset, n_samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,8 +218,23 @@ def _rows_of_part(parameters: Mapping[str, Tensor], part: str, rule: str, parts:
     return selections
 
 
-def subset_name(subset: Subset) -> str:
-    """Return the subset as the objective card writes it."""
-    if subset is None:
-        return "all"
-    return subset if isinstance(subset, str) else ", ".join(subset)
+def subset_name(model: nn.Module, subset: Subset = None) -> str:
+    """Return the analyzed parameters as the objective card writes them: the subset, and of what where some are frozen.
+
+    Frozen parameters are analyzed by no measure, so a network with some is another subset than the whole one: the card names
+    the frozen ones or the trainable ones, whichever are fewer.
+    """
+    name = subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)
+    trainable = [key for key, p in model.named_parameters() if p.requires_grad]
+    frozen = [key for key, p in model.named_parameters() if not p.requires_grad]
+    if not frozen or not trainable:
+        return name
+    limit = f"all but {_listed(frozen)}" if len(frozen) <= len(trainable) else _listed(trainable)
+    return limit if name == "all" else f"{name} of {limit}"
+
+
+def _listed(names: list[str]) -> str:
+    """Return up to three names, or the number of names and the hash of all."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{len(names)} parameters ({hashlib.sha256(' '.join(names).encode()).hexdigest()[:8]})"

@@ -112,8 +112,8 @@ def batch_products(workload: Workload, options: Options, products: Count) -> lis
 def search_products(workload: Workload, options: Options, n_values: int) -> Count | None:
     """Return the products of a Lanczos search for extreme eigenvalues; None for another solver.
 
-    At least as many as values and confirmations; at most ``max_products``, or as many as there are parameters. Taken for the
-    prediction are those of `expected_search_products`.
+    At least as many as values and confirmations; at most ``max_products`` (or the values, if more), or as many as there are
+    parameters. Taken for the prediction are those of `expected_search_products`.
 
     Args:
         workload: What is measured.
@@ -122,7 +122,7 @@ def search_products(workload: Workload, options: Options, n_values: int) -> Coun
     """
     if options.get("solver", "lanczos") != "lanczos":
         return None
-    most = min(int(options.get("max_products", 200)), workload.n_parameters)
+    most = min(max(int(options.get("max_products", 200)), n_values), workload.n_parameters)
     least = min(most, n_values + CONFIRMATIONS - 1)
     return Count(min(most, expected_search_products(n_values)), least, most)
 
