@@ -10,6 +10,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vitscope.runtime.errors import ConfigError
 
+#: limits of batches by cap; steps an epoch rather than in all: an epoch that max_steps cuts short would not be validated
+_BATCH_LIMITS = {"steps": ("limit_train_batches",), "eval_batches": ("limit_val_batches", "limit_test_batches")}
+
 
 def apply_caps(cfg: DictConfig) -> None:
     """Lower the sizes of a composed configuration to the upper bounds in ``cfg.caps``; nothing is added or raised.
@@ -24,23 +27,22 @@ def apply_caps(cfg: DictConfig) -> None:
     for name, bound in caps.items():
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
             raise ConfigError(f"caps.{name}", bound, "not a positive number", "give one, or null for no bound")
-    trainer = cfg.get("trainer") or {}
-    bound = caps.pop("epochs", None)
-    if bound is not None and "max_epochs" in trainer:
-        value = trainer["max_epochs"]
+    _cap_trainer(cfg.get("trainer") or {}, caps)
+    if cfg.get("analysis"):
+        _cap(cfg.analysis, {name: bound for name, bound in caps.items() if name not in ("epochs", *_BATCH_LIMITS)})
+
+
+def _cap_trainer(trainer: Any, caps: Mapping[str, Any]) -> None:
+    """Lower the numbers of epochs and of batches."""
+    if "epochs" in caps and "max_epochs" in trainer:
+        value, bound = trainer["max_epochs"], caps["epochs"]
         if value is None or (isinstance(value, int) and (value == -1 or value > bound)):  # other kinds validate refuses
             trainer["max_epochs"] = bound
-    # steps an epoch rather than in all: an epoch that max_steps cuts short would not be validated
-    limits = {"steps": ("limit_train_batches",), "eval_batches": ("limit_val_batches", "limit_test_batches")}
-    for cap, keys in limits.items():
-        bound = caps.pop(cap, None)
-        if bound is None:
-            continue
-        for key in keys:
-            if key in trainer and _exceeds(trainer[key], bound):
-                trainer[key] = bound
-    if cfg.get("analysis"):
-        _cap(cfg.analysis, caps)
+    for cap, keys in _BATCH_LIMITS.items():
+        if cap in caps:
+            for key in keys:
+                if key in trainer and _exceeds(trainer[key], caps[cap]):
+                    trainer[key] = caps[cap]
 
 
 def apply_analysis_caps(cfg: DictConfig) -> None:

@@ -160,23 +160,29 @@ def adversarial(
             p.requires_grad_(False)  # only images are differentiated; the guard gives the flags back
         refuse_dependent_images(model, next(probe.iter_batches())[0][:2], 1, "adversarial")
 
-        def row(condition: tuple[str, float]) -> Mapping[str, Any]:
+        def compute(condition: tuple[str, float]) -> Mapping[str, Any]:
             attack, epsilon = condition
             return _row(probe, model, pixels, attack, Ball(norm, epsilon * LEVEL), settings, seed)
 
         rows = map_resumably(
-            conditions, row, name=lambda c: f"{c[0]} {c[1]:g}", partial=partial, description="adversarial"
+            conditions,
+            compute,
+            name=lambda condition: "{} {:g}".format(*condition),
+            partial=partial,
+            description="adversarial",
         )
     shape = (len(attacks), len(epsilons))
     # rows to (n_attacks, n_epsilons)
-    accuracy, nll, largest, blind = (np.array([float(r[key]) for r in rows]).reshape(shape) for key in _KEYS)
+    accuracy, nll, largest, blind = (np.array([float(row[key]) for row in rows]).reshape(shape) for key in _KEYS)
     _warn_blind(conditions, blind.reshape(-1))
     low, high = share_interval(np.rint(accuracy * clean.n_images), clean.n_images)
-    ran = tuple(dict.fromkeys(name for a in attacks for name in (SUITE if a == "suite" else (a,))))
-    stated = {name: settings.of(name) for name in ran}
+    members = [name for attack in attacks for name in (SUITE if attack == "suite" else (attack,))]
+    stated = {name: settings.of(name) for name in dict.fromkeys(members)}
     suite = SUITE if "suite" in attacks else ()
-    # (n_epsilons, n_members)
-    surviving_shares = [r["left"] for (attack, _), r in zip(conditions, rows) if attack == "suite"]
+    surviving_shares = [row["left"] for (attack, _), row in zip(conditions, rows) if attack == "suite"]
+    suite_accuracy = np.empty((0, len(epsilons)))
+    if surviving_shares:
+        suite_accuracy = np.array(surviving_shares, dtype=np.float64).T  # (n_members, n_epsilons)
     return AdversarialResult(
         attacks=tuple(attacks),
         epsilons=np.array(epsilons, dtype=np.float64),
@@ -187,9 +193,7 @@ def adversarial(
         nll=nll,
         zero_gradient=blind,
         suite_attacks=suite,
-        suite_accuracy=np.array(surviving_shares, dtype=np.float64).T
-        if surviving_shares
-        else np.empty((0, len(epsilons))),
+        suite_accuracy=suite_accuracy,
         settings=stated,
         largest_change=largest,
         clean_accuracy=clean.accuracy,

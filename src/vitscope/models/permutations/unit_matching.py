@@ -184,28 +184,41 @@ def _solved(group: UnitGroup, similarity: Similarity, occurrences: Sequence[Occu
     n = group.label.size
     score = np.zeros((n, n))
     by_channels: dict[Label, np.ndarray] = {}
-    for o in occurrences:
-        matrix = similarity(o).cpu().numpy()
-        if o.heads is None:
+    for occurrence in occurrences:
+        matrix = similarity(occurrence).cpu().numpy()
+        if occurrence.heads is None:
             score += matrix
         else:
-            label = o.label.root
+            label = occurrence.label.root
             by_channels[label] = by_channels.get(label, 0.0) + matrix
-    inner: dict[Label, np.ndarray] = {}
+    matches: dict[Label, np.ndarray] = {}
     for label, matrix in by_channels.items():
-        size = label.size
-        pairs = matrix.reshape(n, size, n, size).transpose(0, 2, 1, 3)  # (heads, heads, channels, channels)
-        inner[label] = np.tile(np.arange(size), (n, n, 1))
-        for a in range(n):
-            for b in range(n):
-                if (group.label.fixed and a != b) or label.fixed:
-                    score[a, b] += np.trace(pairs[a, b])
-                    continue
-                inner[label][a, b] = linear_sum_assignment(pairs[a, b], maximize=True)[1]
-                score[a, b] += pairs[a, b][np.arange(size), inner[label][a, b]].sum()
+        matches[label], head_score = _matched_channels(label, matrix, group.label)
+        score += head_score
     order = np.arange(n) if group.label.fixed else linear_sum_assignment(score, maximize=True)[1]
     solved = {group.label: torch.from_numpy(order)}
     for label in group.channels:
-        within = inner[label][np.arange(n), order] if label in inner else np.tile(np.arange(label.size), (n, 1))
-        solved[label] = torch.from_numpy(within)
+        unmatched = np.tile(np.arange(label.size), (n, 1))
+        solved[label] = torch.from_numpy(matches[label][np.arange(n), order] if label in matches else unmatched)
     return solved
+
+
+def _matched_channels(label: Label, similarity: np.ndarray, heads: Label) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best permutation of the channels for each pair of heads (heads, heads, channels), and its score (heads, heads).
+
+    Args:
+        label: Label of the channels of each head.
+        similarity: (heads * channels, heads * channels).
+        heads: Label of the heads; those that stay in place need no matches with others.
+    """
+    n, size = heads.size, label.size
+    pairs = similarity.reshape(n, size, n, size).transpose(0, 2, 1, 3)  # (heads, heads, channels, channels)
+    matches, score = np.tile(np.arange(size), (n, n, 1)), np.zeros((n, n))
+    for a in range(n):
+        for b in range(n):
+            if label.fixed or (heads.fixed and a != b):
+                score[a, b] = np.trace(pairs[a, b])
+                continue
+            matches[a, b] = linear_sum_assignment(pairs[a, b], maximize=True)[1]
+            score[a, b] = pairs[a, b][np.arange(size), matches[a, b]].sum()
+    return matches, score

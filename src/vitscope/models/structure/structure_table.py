@@ -120,26 +120,27 @@ def structure(model: nn.Module, images: Tensor | None = None) -> Structure:
     except ValueError as error:
         raise StructureError(model_name(inner), str(error).rstrip("."), fix_of("")) from error
     missing = [text for text, _ in model_structure.missing]
-    kinds: dict[str, Kind] = {}
     missing += (*model_structure.doubts, *model_structure.unclear)
+    kinds: dict[str, Kind] = {}
     try:
         if model_structure.doubts or model_structure.unclear:
-            kinds = {name: kind for name, (kind, _) in (model_structure.places or {}).items()}
+            places = model_structure.places or {}
         else:
-            kinds = {name: kind for name, (kind, _) in places_of(inner, model_structure).items()}
+            places = places_of(inner, model_structure)
+        kinds = {name: kind for name, (kind, _) in places.items()}
     except ValueError as error:  # of described blocks
         missing.append(str(error).rstrip("."))
     units = tuple(
         StructureUnit(
-            c.name,
-            c.part.kind,
-            c.stage,
-            parameters_of(inner, c),
-            c.part.is_residual,
-            (c.part.branch_out or c.part.added) is not None,
-            c.name in model_structure.with_mlp,
+            name=component.name,
+            kind=component.part.kind,
+            stage=component.stage,
+            parameters=parameters_of(inner, component),
+            residual=component.part.is_residual,
+            branch=(component.part.branch_out or component.part.added) is not None,
+            with_mlp=component.name in model_structure.with_mlp,
         )
-        for c in model_structure.components
+        for component in model_structure.components
     )
     unassigned = [name for name, _ in inner.named_parameters() if name not in kinds]
     if unassigned and not missing:
