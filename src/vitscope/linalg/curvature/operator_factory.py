@@ -35,6 +35,8 @@ _logger = logging.getLogger(__name__)
 
 #: parts of modules' class names whose randomness the eval mode switches off
 _RANDOM = ("Dropout", "DropPath", "StochasticDepth")
+#: a larger share of trainable parameters counts as all: fixed position embeddings and the like are the rest
+_LARGEST_TRAINABLE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,19 @@ class Curvatures:
             facts["dropout"] = f"off ({n_random} dropout or drop-path modules)"
         return self.probe.card(
             **{
-                "parameters": subset_name(self.options.subset),
+                "parameters": self._subset_name(),
                 "bn_policy": self.options.bn,
                 "solver": facts,
                 **overrides,
             }
         )
+
+    def _subset_name(self) -> str:
+        """Return the parameters for the card: ``trainable`` where ``all`` would hide that much of the network is frozen."""
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        n_analyzed = sum(p.numel() for p in self.parameters.values())
+        is_frozen = self.options.subset is None and n_analyzed < _LARGEST_TRAINABLE_SHARE * n_parameters
+        return "trainable" if is_frozen else subset_name(self.options.subset)
 
     def read_row(self, row: Row) -> Row:
         """Take in what a row states of products by differences, which may come from an earlier process or another rank."""
