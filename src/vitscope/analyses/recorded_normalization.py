@@ -41,8 +41,8 @@ def note_other_normalization(cfg: DictConfig, network: nn.Module, chosen_keys: C
     stated, recorded_values = ([_listed(values.get(key)) for key in ("mean", "std")] for values in (data, recorded))
     _logger.info(
         f"note: images are normalized by data.mean={stated[0]} data.std={stated[1]}, timm records {recorded_values[0]} and "
-        f"{recorded_values[1]} for {cfg.model.get('name')}: set those that the weights were trained with (data.transform=model takes "
-        "timm's, with its size and crop)"
+        f"{recorded_values[1]} for {cfg.model.get('name')}: set those that the weights were trained with "
+        "(data.transform=model takes timm's, with its size and crop)"
     )
 
 

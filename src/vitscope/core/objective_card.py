@@ -41,6 +41,8 @@ class ObjectiveCard:
     Attributes:
         preprocessing: how image files became pixels: the crop, the background of transparent pixels, the samples that are black
             and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
+        parameters: those of derivatives: a subset by its name, ``all``, or ``trainable`` where a tenth of the values or
+            more does not require gradients.
         step: optimizer steps that the weights have made, where a run states it.
         options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.

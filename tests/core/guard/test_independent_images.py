@@ -16,7 +16,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 
 IMAGES = torch.cat((X, 0.5 * X.flip(2), X.flip(3)))  # (6, 3, 16, 24)
 Y = torch.arange(6) % 4
-PIXELS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+PIXELS = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
 
 
 class Centered(Tokens):

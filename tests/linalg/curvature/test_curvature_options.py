@@ -128,3 +128,17 @@ def test_micro_batches_are_refused_where_they_change_the_statistics() -> None:
         product = whole.mean()(torch.ones(whole.mean().size, dtype=torch.float64))
     with curvatures(probe) as plain:
         assert torch.equal(product, plain.mean()(torch.ones(plain.mean().size, dtype=torch.float64)))
+
+
+def test_the_card_states_that_most_of_a_network_is_frozen() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 3))
+    batches = [(torch.randn(4, 30), torch.arange(4) % 3)]
+    names = []
+    for frozen in ([], [model[0].bias], [model[0].weight]):  # none, 20 and 600 of 683 values
+        for p in frozen:
+            p.requires_grad_(False)
+        names.append(vs.hessian_trace(vs.Probe(model, batches), n_vectors=1).card.parameters)
+    assert names == ["all", "all", "trainable"]
+    assert (
+        vs.hessian_trace(vs.Probe(model, batches), n_vectors=1, parameters="1.*").card.parameters == "1.* (trainable)"
+    )

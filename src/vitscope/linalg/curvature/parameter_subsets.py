@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ Images = Callable[[], Tensor | None]
 
 #: values of ``part:``: of attention and of units of kind ``mlp``
 PARTS = ("q", "k", "v", "proj", "mlp_in", "mlp_out")
+#: a larger share of trainable values counts as the whole network: fixed position embeddings and the like are the rest
+LARGEST_TRAINABLE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -219,22 +220,14 @@ def _rows_of_part(parameters: Mapping[str, Tensor], part: str, rule: str, parts:
 
 
 def subset_name(model: nn.Module, subset: Subset = None) -> str:
-    """Return the analyzed parameters as the objective card writes them: the subset, and of what where some are frozen.
+    """Return the analyzed parameters as the objective card writes them: the subset, and whether much of the network is frozen.
 
-    Frozen parameters are analyzed by no measure, so a network with some is another subset than the whole one: the card names
-    the frozen ones or the trainable ones, whichever are fewer.
+    No measure analyzes frozen parameters. A network with many of them (`LARGEST_TRAINABLE_SHARE`) has the card ``trainable`` in
+    place of ``all``, and another subset is followed by that word.
     """
     name = subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)
-    trainable = [key for key, p in model.named_parameters() if p.requires_grad]
-    frozen = [key for key, p in model.named_parameters() if not p.requires_grad]
-    if not frozen or not trainable:
+    n_values = sum(p.numel() for p in model.parameters())
+    n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not n_trainable or n_trainable > LARGEST_TRAINABLE_SHARE * n_values:
         return name
-    limit = f"all but {_listed(frozen)}" if len(frozen) <= len(trainable) else _listed(trainable)
-    return limit if name == "all" else f"{name} of {limit}"
-
-
-def _listed(names: list[str]) -> str:
-    """Return up to three names, or the number of names and the hash of all."""
-    if len(names) <= 3:
-        return ", ".join(names)
-    return f"{len(names)} parameters ({hashlib.sha256(' '.join(names).encode()).hexdigest()[:8]})"
+    return "trainable" if name == "all" else f"{name} (trainable)"
