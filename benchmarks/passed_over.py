@@ -55,7 +55,9 @@ def dense_top(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=300)
-    parser.add_argument("--confirmations", type=int, default=eigensolver.SMALL_CONFIRMATIONS, help="products that confirm")
+    parser.add_argument(
+        "--confirmations", type=int, default=eigensolver.SMALL_CONFIRMATIONS, help="products that confirm"
+    )
     arguments = parser.parse_args()
     n, eigensolver.SMALL_CONFIRMATIONS = arguments.networks, arguments.confirmations
     progress.enabled = False
