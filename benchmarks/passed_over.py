@@ -3,7 +3,7 @@
 Two kinds of network, trained for 60 to 220 steps on photographs, one mini-batch of 16 each. A network counts where one of its
 five values is off by more than the tolerance.
 
-    python benchmarks/passed_over.py [--networks 300]
+    python benchmarks/passed_over.py [--networks 300] [--confirmations 10]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hessian import data
 from torch import Tensor, nn
 
 import vitscope as vs
+from vitscope.linalg import eigensolver
 from vitscope.runtime import progress
 
 K = 5
@@ -54,7 +55,11 @@ def dense_top(model: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=300)
-    n = parser.parse_args().networks
+    parser.add_argument(
+        "--confirmations", type=int, default=eigensolver.SMALL_CONFIRMATIONS, help="products that confirm"
+    )
+    arguments = parser.parse_args()
+    n, eigensolver.SMALL_CONFIRMATIONS = arguments.networks, arguments.confirmations
     progress.enabled = False
     x, y = data(1024, torch.device("cpu"))
     x = nn.functional.avg_pool2d(x, 2)

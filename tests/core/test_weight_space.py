@@ -1,7 +1,8 @@
-"""Batch statistics of BatchNorm layers that hold a dropout of their own, as timm's may."""
+"""Batch statistics of BatchNorm layers that hold a dropout of their own, as timm's may, and weights that cannot be moved."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -35,3 +36,11 @@ def test_the_dropout_of_a_norm_is_off_while_statistics_are_recomputed() -> None:
         means.append(model[2].running_mean.clone())
     assert torch.equal(*means)
     assert not any(module.training for module in model.modules())
+
+
+def test_weights_without_storage_are_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    probe = vs.Probe(model, [(torch.zeros(2, 3, 2, 2), torch.zeros(2, dtype=torch.long))])
+    with pytest.raises(ValueError, match=r"received '1\.weight' on the device meta: load weights first"):
+        vs.loss_landscape(probe, n=2)
