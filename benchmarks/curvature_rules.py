@@ -31,7 +31,7 @@ from vitscope.linalg.solvers import solve
 from vitscope.runtime import progress
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.helpers.hessian_oracle import make
+from tests.fixtures.oracles.hessian_oracle import make
 
 #: eigenvalues that the rule is given, as many as `vs.hessian_class_structure` computes for ten classes
 N_VALUES = 30

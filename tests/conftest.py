@@ -17,11 +17,16 @@ import torch
 from torch import nn
 
 import vitscope.runtime.progress
-from tests.helpers import parsed_configurations, safe_forks
+from tests.fixtures.configs import parsed_configurations
+from tests.fixtures.programs import safe_forks
 
 safe_forks.install()
 parsed_configurations.install()
-pytest_plugins = ["tests.helpers.commands", "tests.helpers.data_files", "tests.helpers.analysis_runs"]
+pytest_plugins = [
+    "tests.fixtures.programs.commands",
+    "tests.fixtures.images.data_files",
+    "tests.fixtures.runs.analysis_runs",
+]
 
 
 def pytest_collection_finish() -> None:

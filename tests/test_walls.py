@@ -175,5 +175,8 @@ def test_statistics_need_no_torch() -> None:
             }
 
 
-def test_no_module_is_named_after_nothing() -> None:
-    assert not [relative_name(f) for f in FILES if f.stem in ("utils", "util", "helpers", "common", "misc")]
+def test_no_module_or_folder_is_named_after_nothing() -> None:
+    """In the package and among its tests: the name of a module or folder is that of its subject."""
+    files = [*FILES, *Path(__file__).parent.rglob("*.py")]
+    vague_names = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert not [str(file) for file in files if vague_names & {file.stem, file.parent.name}]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.configurations import composed
-from tests.helpers.run_folders import only_run
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.analyses import announcement, spec
 from vitscope.analyses.prediction import time_prediction
 from vitscope.config import factories

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.analyses import spec
 from vitscope.analyses.prediction import cost_prediction
 from vitscope.analyses.prediction.cost_prediction import UnitCost, combined, measure_unit, predict_costs

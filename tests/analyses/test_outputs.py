@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.kills import KILLED, at_every_change
+from tests.fixtures.programs.kills import KILLED, at_every_change
 from vitscope.analyses import outputs, runner
 from vitscope.analyses.context import AnalysisContext
 from vitscope.analyses.spec import Analysis

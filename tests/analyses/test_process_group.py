@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from tests.helpers.processes import ForkedProcess
+from tests.fixtures.programs.processes import ForkedProcess
 from vitscope.analyses import process_group, rank_request
 from vitscope.analyses.rank_request import RankRequest
 from vitscope.cli import exit_codes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.analyses import spec
 from vitscope.analyses.prediction import cost_prediction, time_prediction
 from vitscope.config import factories

@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.analyses import arguments, previous_result, runner
 from vitscope.runs.checkpoints import checkpoint_sequence
 from vitscope.runs.partial_results import PartialRows

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import vitscope as vs
-from tests.helpers.commands import FOURIER
-from tests.helpers.run_folders import only_run
+from tests.fixtures.programs.commands import FOURIER
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.runs import result_store
 
 

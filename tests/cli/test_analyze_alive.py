@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.commands import FOURIER
+from tests.fixtures.programs.commands import FOURIER
 from vitscope.runs import api, metrics_log, partial_results, result_store, run_dir, run_lock
 from vitscope.runs.checkpoints import checkpoint_content, checkpoint_io
 from vitscope.runtime import safe_files

@@ -15,7 +15,7 @@ import pytest
 
 from tests.analyses.test_process_group import free_port, torchrun_variables
 from tests.diagnostics.test_hessian_distributed import assert_equal
-from tests.helpers.processes import ENVIRONMENT, PATIENCE, ROOT, ForkedProcess, wait_until
+from tests.fixtures.programs.processes import ENVIRONMENT, PATIENCE, ROOT, ForkedProcess, wait_until
 from vitscope.cli import analyze, exit_codes, rank_launcher
 from vitscope.runs import metrics_log, result_store
 from vitscope.runtime.errors import ConfigError, DistributedError

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.data import loader
 
 #: the module: the package has a function of the same name

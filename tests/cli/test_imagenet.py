@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 import vitscope as vs
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 
 PRESENT = (7, 402, 990)
 MODEL = ["model=timm", "model.name=resnet10t.c3_in1k", "data=imagenet", "data.transform=model", "data.num_workers=0",

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.kills import Killed
-from tests.helpers.run_folders import losses
+from tests.fixtures.programs.kills import Killed
+from tests.fixtures.runs.run_folders import losses
 from vitscope.analyses import runner
 from vitscope.runs import metrics_log, run_end
 from vitscope.runs.checkpoints import checkpoint_io

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.config import experiment_identity, loading
 
 OWN = """

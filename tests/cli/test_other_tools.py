@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 import vitscope
 from tests.cli.test_startup import HEAVY, libraries_of
-from tests.helpers.configurations import composed
-from tests.helpers.processes import ROOT
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.programs.processes import ROOT
 from vitscope.cli import main, other_tools
 from vitscope.runtime.errors import ConfigError
 

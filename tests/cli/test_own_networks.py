@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import vitscope as vs
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 
 OWN = """
 import torch

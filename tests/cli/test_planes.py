@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import vitscope as vs
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.runs import partial_results, result_store
 from vitscope.runs.checkpoints import checkpoint_sequence
 from vitscope.runs.run_dir import Run

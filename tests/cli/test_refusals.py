@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import dry_run
 from vitscope.runs import run_dir
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights

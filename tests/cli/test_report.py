@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.factorial_runs import write as crossed
-from tests.helpers.report_runs import curve, evaluation, spectrum, write_run
+from tests.fixtures.runs.factorial_runs import write as crossed
+from tests.fixtures.runs.report_runs import curve, evaluation, spectrum, write_run
 from vitscope.cli import exit_codes, report
 
 Run = Callable[..., int]

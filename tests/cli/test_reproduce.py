@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import PATIENCE, wait_until
-from tests.helpers.report_runs import CARD, curve, spectrum, write_run
+from tests.fixtures.programs.processes import PATIENCE, wait_until
+from tests.fixtures.runs.report_runs import CARD, curve, spectrum, write_run
 from vitscope.cli import exit_codes, reproduce
 from vitscope.config import error_translation
 from vitscope.reproduce import command_line

@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 
 import vitscope as vs
-from tests.helpers.run_folders import losses
+from tests.fixtures.runs.run_folders import losses
 from vitscope.data import DataModule
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import vitscope as vs
-from tests.helpers.kills import Killed
-from tests.helpers.run_folders import losses
+from tests.fixtures.programs.kills import Killed
+from tests.fixtures.runs.run_folders import losses
 from vitscope.analyses import runner
 from vitscope.reproduce import trial
 from vitscope.runs import run_end, run_lock

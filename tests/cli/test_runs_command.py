@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.report_runs import spectrum, write_run
+from tests.fixtures.runs.report_runs import spectrum, write_run
 from vitscope.cli import exit_codes, runs
 from vitscope.reports import run_index
 from vitscope.runs import run_lock, run_search

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.report_runs import curve, spectrum, write_run
-from tests.helpers.run_folders import losses, only_run
+from tests.fixtures.runs.report_runs import curve, spectrum, write_run
+from tests.fixtures.runs.run_folders import losses, only_run
 from vitscope.cli import exit_codes, report, reproduce_jobs
 from vitscope.reports.figures import figure_worker
 from vitscope.reproduce import trial_jobs

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ENVIRONMENT, ROOT
-from tests.helpers.report_runs import spectrum, write_run
+from tests.fixtures.programs.processes import ENVIRONMENT, ROOT
+from tests.fixtures.runs.report_runs import spectrum, write_run
 
 #: libraries that take from tenths of a second to seconds to import
 HEAVY = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning_fabric", "timm", "numpy", "scipy", "pandas",

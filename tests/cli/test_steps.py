@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.run_folders import losses
+from tests.fixtures.runs.run_folders import losses
 from vitscope.runs import metrics_log
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import ENVIRONMENT, ROOT, TINY
-from tests.helpers.run_folders import losses, only_run
+from tests.fixtures.programs.processes import ENVIRONMENT, ROOT, TINY
+from tests.fixtures.runs.run_folders import losses, only_run
 from vitscope.runs import metrics_log, run_dir, wandb_mirror
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.metrics_log import Journal

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.run_folders import losses, only_run
+from tests.fixtures.runs.run_folders import losses, only_run
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest
 from vitscope.runtime import stop_flag

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import wandb
 
-from tests.helpers.processes import wait_until
-from tests.helpers.run_folders import losses, only_run
-from tests.helpers.wandb_server import Server
+from tests.fixtures.programs.processes import wait_until
+from tests.fixtures.programs.wandb_server import Server
+from tests.fixtures.runs.run_folders import losses, only_run
 from vitscope.runs import wandb_mirror
 from vitscope.training.lightning_module import Classifier
 

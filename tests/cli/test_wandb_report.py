@@ -14,8 +14,8 @@ import pytest
 import wandb
 from PIL import Image
 
-from tests.helpers.report_runs import rise, spectrum, write_run
-from tests.helpers.wandb_server import ENTITY, PROJECT, Server
+from tests.fixtures.programs.wandb_server import ENTITY, PROJECT, Server
+from tests.fixtures.runs.report_runs import rise, spectrum, write_run
 from vitscope.cli.online import wandb_report as cli
 from vitscope.runtime.errors import ConfigError, DataError
 

@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 import vitscope as vs
-from tests.helpers import official_layout
-from tests.helpers.run_folders import only_run
+from tests.fixtures.oracles import official_layout
+from tests.fixtures.runs.run_folders import only_run
 from vitscope import models
 from vitscope.config import factories
 from vitscope.runs import metrics_log

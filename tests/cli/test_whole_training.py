@@ -17,8 +17,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tests.helpers.commands import TINY
-from tests.helpers.kills import in_child, snapshots
+from tests.fixtures.programs.commands import TINY
+from tests.fixtures.programs.kills import in_child, snapshots
 from vitscope.cli import exit_codes
 from vitscope.config import loading
 from vitscope.runs import metrics_log, result_store

@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.helpers.configurations import CONF, composed, options
-from tests.helpers.model_configs import CONFIGS
+from tests.fixtures.configs.configurations import CONF, composed, options
+from tests.fixtures.configs.model_configs import CONFIGS
 from vitscope.analyses import spec
 from vitscope.config import caps, experiment_identity, factories, loading
 from vitscope.config.keys import logger_choice

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import dry_run
 from vitscope.models.alternet import alternet
 from vitscope.runtime.errors import ConfigError

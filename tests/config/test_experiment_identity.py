@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.report_runs import configuration
+from tests.fixtures.runs.report_runs import configuration
 from vitscope.config import loading
 from vitscope.config.experiment_identity import (
     EXPERIMENT_KEYS,

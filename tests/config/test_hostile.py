@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import caps, error_translation, instantiate, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runs import result_store, run_dir, run_end, run_overrides

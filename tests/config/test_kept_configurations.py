@@ -9,7 +9,7 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from tests.helpers import parsed_configurations
+from tests.fixtures.configs import parsed_configurations
 from vitscope.config import hydra_internals, loading
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import loading, target_allowlist
 from vitscope.config.ranges import library_options, number_checks
 from vitscope.config.ranges.source_signatures import argument_ranges

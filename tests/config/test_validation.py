@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import cross_checks, dry_run, error_translation, target_allowlist
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError

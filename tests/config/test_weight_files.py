@@ -10,7 +10,7 @@ import pytest
 import timm
 from omegaconf import OmegaConf
 
-from tests.helpers.configurations import composed, options
+from tests.fixtures.configs.configurations import composed, options
 from vitscope.config import factories, instantiate, loading, target_allowlist, weight_files
 from vitscope.runtime.errors import ConfigError
 

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
-from tests.helpers.processes import ENVIRONMENT
+from tests.fixtures.programs.processes import ENVIRONMENT
 from vitscope.config import composition, hydra_internals
 from vitscope.runtime.errors import ConfigError
 

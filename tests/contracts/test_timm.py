@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch.overrides import TorchFunctionMode
 
-from tests.helpers.timm_versions import compares_mixed_images
+from tests.fixtures.networks.timm_versions import compares_mixed_images
 from vitscope.data.augment import mixup
 from vitscope.models import timm_internals
 from vitscope.models.structure.attention_weights import AttentionCall, AttentionMode

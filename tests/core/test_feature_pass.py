@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers.configurations import composed
-from tests.helpers.processes import on_ranks
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.core.sharding.test_every_measure import LEFT_OUT, batches, kind_of, measured
 from tests.core.sharding.test_sharded_weights import network, sharded
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.programs.processes import results_of_ranks
 
 #: a measure that reads the first batch alone, and one whose images are made anew, so that none equals the batch's
 WITHOUT_OWN_BATCH = ("tap_table", "corruption")

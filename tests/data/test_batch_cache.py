@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.counted_images import READS, counted_module, network
-from tests.helpers.processes import results_of_ranks
-from tests.helpers.small_data import STRONG
+from tests.fixtures.images.counted_images import READS, counted_module, network
+from tests.fixtures.images.small_data import STRONG
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.core.probe import Probe
 from vitscope.data import batch_cache
 from vitscope.data.batch_cache import DiskStore, MemoryStore, choose_place

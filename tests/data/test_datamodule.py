@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 
-from tests.helpers.small_data import STRONG, indices, module, small
+from tests.fixtures.images.small_data import STRONG, indices, module, small
 from vitscope.config import factories, loading
 from vitscope.data import DataModule
 from vitscope.data.sources import digits, shapes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.small_data import STRONG, indices, module
+from tests.fixtures.images.small_data import STRONG, indices, module
 from vitscope.config import factories
 from vitscope.data import philox
 from vitscope.data.augment.mixup import mix

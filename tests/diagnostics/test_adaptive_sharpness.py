@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, batches, bowl, real, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, batches, bowl, real, snapshot
 from vitscope.diagnostics.landscape._adaptive_sharpness import _scales, normalized_logits
 from vitscope.linalg.weights.directions import random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.adversarial_images import MEAN, STD, images, network, normalized, probe_of
+from tests.fixtures.images.adversarial_images import MEAN, STD, images, network, normalized, probe_of
 from vitscope.diagnostics.adversarial._attacks import Ball
 from vitscope.diagnostics.adversarial.adversarial import adversarial
 from vitscope.diagnostics.adversarial.plot import adversarial as draw

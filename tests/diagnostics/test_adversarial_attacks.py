@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.adversarial_images import MEAN, STD, images, network, normalized, probe_of
+from tests.fixtures.images.adversarial_images import MEAN, STD, images, network, normalized, probe_of
 from vitscope.diagnostics.adversarial._apgd import checkpoints
 from vitscope.diagnostics.adversarial._attacks import Ball
 from vitscope.diagnostics.adversarial._losses import LOSSES, log_odds, targeted_ratio

@@ -11,8 +11,8 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.swin_transformer import SwinTransformer
 
 import vitscope as vs
-from tests.helpers.attention_probes import filled, images, probe_of, vit
-from tests.helpers.result_checks import check_result
+from tests.fixtures.networks.attention_probes import filled, images, probe_of, vit
+from tests.fixtures.oracles.result_checks import check_result
 from vitscope.models import convnet
 from vitscope.plotting.api import save_figure
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.attention_probes import filled, images, probe_of, vit
+from tests.fixtures.networks.attention_probes import filled, images, probe_of, vit
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.attention._overlap import masks_of_layers, mass_masks, mean_of_pairs, overlaps
 from vitscope.diagnostics.attention._rollout import Rollout

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.frequency_detectors import SIZES, rho_of
+from tests.fixtures.networks.frequency_detectors import SIZES, rho_of
 from vitscope.diagnostics.frequency_noise import _bands as bands
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope import Objective, Probe
 from vitscope.analyses import context, runner, spec
 from vitscope.config import factories

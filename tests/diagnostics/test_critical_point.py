@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.constructed_losses import Quartic, rotated
-from tests.helpers.hessian_oracle import make
+from tests.fixtures.networks.constructed_losses import Quartic, rotated
+from tests.fixtures.oracles.hessian_oracle import make
 
 
 def probe_of(model, x, y, size=4, **objective):

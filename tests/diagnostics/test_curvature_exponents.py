@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import dense_hessian, make
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, make
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.kronecker._power_laws import fit_power_law, mean_by_kind
 

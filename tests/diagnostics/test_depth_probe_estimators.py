@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge, RidgeClassifier, RidgeClassifierCV
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from tests.helpers.labeled_clusters import clusters
+from tests.fixtures.images.labeled_clusters import clusters
 from vitscope.diagnostics.depth_probes._classifiers import (
     PENALTIES,
     TEMPERATURE,

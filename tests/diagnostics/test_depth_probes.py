@@ -16,9 +16,9 @@ from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.labeled_clusters import clusters
-from tests.helpers.processes import on_ranks
-from tests.helpers.result_checks import check_result
+from tests.fixtures.images.labeled_clusters import clusters
+from tests.fixtures.oracles.result_checks import check_result
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.analyses import arguments, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config.validation import validate

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 import vitscope as vs
-from tests.helpers.run_folders import losses
-from tests.helpers.stopped_measurements import stopping_at_measurement
+from tests.fixtures.programs.stopped_measurements import stopping_at_measurement
+from tests.fixtures.runs.run_folders import losses
 
 WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_images=8",
            "analysis.edge_of_stability.when.every_n_steps=2", "analysis.edge_of_stability.warm_start=true",

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.receptive_fields import images, oracle, probe_of
+from tests.fixtures.oracles.receptive_fields import images, oracle, probe_of
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.receptive_field._extents import area_ratios, distances, image_groups, radii
 from vitscope.diagnostics.receptive_field._gradients import _extents, _Sums

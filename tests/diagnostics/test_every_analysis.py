@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.analysis_runs import NAMES
-from tests.helpers.result_checks import check_result
+from tests.fixtures.oracles.result_checks import check_result
+from tests.fixtures.runs.analysis_runs import NAMES
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import factories

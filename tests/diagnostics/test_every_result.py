@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import vitscope as vs
-from tests.helpers.analysis_runs import NAMES
-from tests.helpers.result_checks import check_result
+from tests.fixtures.oracles.result_checks import check_result
+from tests.fixtures.runs.analysis_runs import NAMES
 from vitscope.analyses import outputs, runner, spec
 from vitscope.analyses.context import AnalysisContext
 

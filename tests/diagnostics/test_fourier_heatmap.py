@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vitscope as vs
-from tests.helpers.frequency_detectors import SIZES, Detector, counted, flat, mirrored, probe_of
+from tests.fixtures.networks.frequency_detectors import SIZES, Detector, counted, flat, mirrored, probe_of
 from vitscope.diagnostics.frequency_noise.fourier_heatmap import plane_wave
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.frequency_detectors import PIXELS, Detector, counted, flat, mirrored, probe_of, rho_of
+from tests.fixtures.networks.frequency_detectors import PIXELS, Detector, counted, flat, mirrored, probe_of, rho_of
 from vitscope.core.undefined_values import NullWarning
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers import forms_of_batches as forms
-from tests.helpers.hessian_oracle import dense_hessian, make
-from tests.helpers.processes import results_of_ranks
-from tests.helpers.small_networks import data_of, model_of
+from tests.fixtures.networks import forms_of_batches as forms
+from tests.fixtures.networks.small_networks import data_of, model_of
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, make
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.gradient_noise._noise_statistics import effective_images, noise_statistics
 

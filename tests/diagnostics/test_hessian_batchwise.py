@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, make
-from tests.helpers.small_networks import model_of
+from tests.fixtures.networks.small_networks import model_of
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, make
 from vitscope.diagnostics.hessian import _budget
 from vitscope.linalg.batched_lanczos import CannotBatch, SideBySide, eigenvalues_side_by_side
 from vitscope.linalg.curvature.operator_factory import curvatures

@@ -12,8 +12,8 @@ import torch
 from scipy.spatial.distance import jensenshannon
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import dense_hessian, make
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, make
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.block_spectra._block_distances import block_distances, js_distances
 from vitscope.diagnostics.block_spectra._parameter_blocks import n_uncovered

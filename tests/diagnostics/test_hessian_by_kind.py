@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude
-from tests.helpers.small_networks import Part, data_of, model_of
+from tests.fixtures.networks.small_networks import Part, data_of, model_of
+from tests.fixtures.oracles.hessian_oracle import by_magnitude
 
 #: where the parameters of the small AlterNet belong: two stages of a convolution and an attention block
 KINDS = {"stem": ("stem.",), "conv": ("stages.0.0.", "stages.1.0."), "msa": ("stages.0.1.", "stages.1.1.")}

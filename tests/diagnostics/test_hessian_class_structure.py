@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import dense_hessian, logit_jacobian, make
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, logit_jacobian, make
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.diagnostics.class_structure import _class_gradients
 from vitscope.diagnostics.class_structure._outlier_count import count_outliers, largest_countable, matched_number
 from vitscope.runtime import distributed

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers import forms_of_batches as forms
-from tests.helpers.hessian_oracle import dense_hessian, logit_jacobian, make
+from tests.fixtures.networks import forms_of_batches as forms
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, logit_jacobian, make
 from vitscope.core.undefined_values import NullWarning
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.start_vector import random_signs, vector_seed

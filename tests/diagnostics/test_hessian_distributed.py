@@ -12,8 +12,8 @@ import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import make
-from tests.helpers.processes import on_ranks
+from tests.fixtures.oracles.hessian_oracle import make
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.runtime import progress
 
 #: batches of the whole sequence: three on two ranks, one on two ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.runtime.errors import NumericalError
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, logit_jacobian, make
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.diagnostics.hessian.hessian_trace import _signs
 from vitscope.linalg.curvature.operator_factory import curvatures

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from tests.helpers.small_networks import (
+from tests.fixtures.networks.small_networks import (
     CLASSES,
     DECAY,
     EITHER,

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, make
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, make
 from vitscope.linalg.curvature.operator_factory import curvatures
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.frequency_detectors import Detector, flat, mirrored, probe_of, rho_of
+from tests.fixtures.networks.frequency_detectors import Detector, flat, mirrored, probe_of, rho_of
 from vitscope.diagnostics.frequency_noise import _bands as bands
 from vitscope.diagnostics.frequency_noise.fourier_heatmap import plane_wave
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.small_networks import data_of, model_of
+from tests.fixtures.networks.small_networks import data_of, model_of
 from vitscope.diagnostics.kronecker.kronecker_factors import _decay, _participation
 
 needs_curvlinops = pytest.mark.skipif(importlib.util.find_spec("curvlinops") is None, reason="needs curvlinops")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.landscapes import batches, bowl, bowl_at, real
+from tests.fixtures.networks.landscapes import batches, bowl, bowl_at, real
 from vitscope.linalg.weights.directions import random_direction
 
 NAME = "0.weight"

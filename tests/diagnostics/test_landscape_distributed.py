@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, real, snapshot
-from tests.helpers.processes import on_ranks
+from tests.fixtures.networks.landscapes import assert_untouched, real, snapshot
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.runtime import progress
 
 

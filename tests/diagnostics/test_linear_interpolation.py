@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from vitscope.core.evaluation import evaluate
 from vitscope.linalg.weights.directions import random_direction
 

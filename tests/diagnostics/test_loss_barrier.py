@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, bowl, bowl_at, snapshot
 
 
 class Hill(nn.Module):

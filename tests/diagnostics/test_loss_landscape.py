@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm, Normalize
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, batches, bowl, bowl_at, real, snapshot
 from vitscope.core.weight_space import recalibrate
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.runtime import stop_flag

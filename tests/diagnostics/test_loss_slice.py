@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, bowl, bowl_at, real, snapshot
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names
 

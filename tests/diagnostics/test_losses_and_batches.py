@@ -16,8 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 import vitscope as vs
-from tests.helpers import forms_of_batches as forms
-from tests.helpers.analysis_runs import MISSING
+from tests.fixtures.networks import forms_of_batches as forms
+from tests.fixtures.runs.analysis_runs import MISSING
 
 #: the forms that have a loss of their own, and those whose numbers are the default's of a network with the same outputs
 LOSSES, SAME = ("mse", "bce", "dense", "own loss"), ("dict output", "dict batch", "triple")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, make
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, make
 
 
 def probe_of(model, x, y, size=4, **objective):

@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh
 from torch import Tensor
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, make
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, make
 from vitscope.runtime.errors import NumericalError
 
 

@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.result_checks import check_result
+from tests.fixtures.oracles.result_checks import check_result
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.tokens._attention_collapse import (
     AttentionCollapse,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.receptive_fields import images, oracle, probe_of
+from tests.fixtures.oracles.receptive_fields import images, oracle, probe_of
 from vitscope.core.undefined_values import NullWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")

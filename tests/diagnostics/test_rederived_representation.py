@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.explicit_passes import ExplicitPass, pixel_distances, swin_pass, vit_pass
+from tests.fixtures.oracles.explicit_passes import ExplicitPass, pixel_distances, swin_pass, vit_pass
 from vitscope.config import model_facts
 from vitscope.diagnostics.frequency_noise import _bands as bands
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 
 import vitscope as vs
-from tests.helpers.processes import on_ranks
+from tests.fixtures.programs.processes import on_ranks
 
 
 def measured(n_batches: int) -> dict:

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.landscapes import Squared, assert_untouched, batches, bowl, bowl_at, real, snapshot
+from tests.fixtures.networks.landscapes import Squared, assert_untouched, batches, bowl, bowl_at, real, snapshot
 from vitscope.diagnostics.landscape.sharpness import _saturated
 from vitscope.linalg.weights.directions import filter_parameters, normalize, random_direction
 from vitscope.linalg.weights.effective_weights import canonical_names

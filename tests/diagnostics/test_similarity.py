@@ -16,8 +16,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import vitscope as vs
 from tests.diagnostics.test_cka import normal, probe_of
-from tests.helpers.processes import on_ranks
-from tests.helpers.result_checks import check_result
+from tests.fixtures.oracles.result_checks import check_result
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.cka._comparisons import PENALTIES, LinearRegression, MutualKNN, Pair, Procrustes
 from vitscope.diagnostics.cka._representations import Representation

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.constructed_losses import Quartic, rotated
-from tests.helpers.hessian_oracle import dense_hessian, make
+from tests.fixtures.networks.constructed_losses import Quartic, rotated
+from tests.fixtures.oracles.hessian_oracle import dense_hessian, make
 from vitscope.linalg.basis_memory import BasisBuffer
 from vitscope.linalg.quadrature import quadrature_rule
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.result_checks import check_result
+from tests.fixtures.oracles.result_checks import check_result
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.tokens._artefacts import bimodality_coefficient, first_with_artefacts, robust_threshold
 from vitscope.diagnostics.tokens._attention_sinks import AttentionSinks, sink_fields

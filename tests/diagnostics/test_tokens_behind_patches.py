@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.tokens_behind_patches import TransformerOfOnesOwn
+from tests.fixtures.networks.tokens_behind_patches import TransformerOfOnesOwn
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import Block, Tokens, X
+from tests.fixtures.networks.own_networks import Block, Tokens, X
 from vitscope.core.undefined_values import NullWarning
 
 Y = torch.tensor([0, 1, 2])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from docs.scripts import write_findings
 from docs.scripts.page_images import LIMIT
-from tests.helpers.report_runs import rise, spectrum, write_run
+from tests.fixtures.runs.report_runs import rise, spectrum, write_run
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS

@@ -17,7 +17,7 @@ from docs.scripts import draw_gallery, draw_story, gallery_page, study_runs
 from docs.scripts.cifar_resnet import CifarResNet
 from docs.scripts.page_images import LIMIT, SIZE
 from docs.scripts.structure_figure import draw_structures
-from tests.helpers.report_runs import other_card, spectrum, write_run
+from tests.fixtures.runs.report_runs import other_card, spectrum, write_run
 
 ROOT = Path(__file__).parents[2]
 CARD = other_card(data="CIFAR-10 (JPEG)")

@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch
 
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.runs.analysis_runs import NAMES
 from tests.gpu.device import DEVICE, needs_a_gpu
-from tests.helpers.analysis_runs import NAMES
-from tests.helpers.configurations import composed
 from vitscope.analyses import runner, spec
 from vitscope.analyses.context import AnalysisContext
 from vitscope.config import caps, factories

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import make
-from tests.helpers.processes import on_ranks
+from tests.fixtures.oracles.hessian_oracle import make
+from tests.fixtures.programs.processes import on_ranks
 from tests.linalg.test_lanczos import SPECTRA, matrix, product_of, start_for
 from vitscope.linalg import basis_memory
 from vitscope.linalg.basis_memory import BasisBuffer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.helpers.model_configs import CONFIGS, from_config, stated_capabilities
+from tests.fixtures.configs.model_configs import CONFIGS, from_config, stated_capabilities
 from vitscope.core.tap import Kind, Tap
 from vitscope.models.structure.capabilities import ModelCapabilities, capabilities_of
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import official_layout
+from tests.fixtures.oracles import official_layout
 from vitscope import models
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.run_folders import only_run
+from tests.fixtures.runs.run_folders import only_run
 from vitscope import models
 from vitscope.core.probe import Probe
 from vitscope.models import state_dicts

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import vitscope as vs
 
 pytest.importorskip("transformers")
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian
-from tests.helpers.transformers_models import FAMILIES, built, images
+from tests.fixtures.networks.transformers_models import FAMILIES, built, images
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian
 from vitscope.core.guard.repeatability import UnusedParametersWarning
 from vitscope.linalg.curvature.parameter_subsets import select_parameters
 

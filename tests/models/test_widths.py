@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 import vitscope as vs
-from tests.helpers.report_runs import configuration
+from tests.fixtures.runs.report_runs import configuration
 from vitscope.config.experiment_identity import config_hash, identity
 
 HEADS = (2, 4, 8, 16)

@@ -50,7 +50,7 @@ def test_the_lines_of_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_ratio_in_the_order_asked_for(tmp_path: Path) -> None:
-    from tests.helpers.sample_results import variance
+    from tests.fixtures.runs.sample_results import variance
 
     results = {"ViT-B": variance(), "ResNet-50": variance(2.0)}
     figure = vs.plot(results, order=["ResNet-50"], view="ratio", figsize=(3.3, 4), title=False)

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import vitscope as vs
-from tests.helpers.sample_results import loss_slice, variance
+from tests.fixtures.runs.sample_results import loss_slice, variance
 from vitscope.plotting.figure_note import add_note
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import vitscope as vs
-from tests.helpers.sample_results import eigenvalues, loss_slice, variance
+from tests.fixtures.runs.sample_results import eigenvalues, loss_slice, variance
 from vitscope.plotting.figure_numbers import save_numbers
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 import vitscope as vs
-from tests.helpers import forms_of_batches as forms
+from tests.fixtures.networks import forms_of_batches as forms
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.diagnostics.landscape.plot import loss_slice as draw_slice
 from vitscope.plotting.loss_label import loss_label

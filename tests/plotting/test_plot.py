@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import vitscope as vs
-from tests.helpers.sample_results import eigenvalues, landscape, loss_slice, variance
+from tests.fixtures.runs.sample_results import eigenvalues, landscape, loss_slice, variance
 from vitscope.plotting import api
 from vitscope.plotting.canvas import panels_of
 from vitscope.plotting.style import COLORS, KIND_COLORS

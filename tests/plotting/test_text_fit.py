@@ -7,7 +7,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import vitscope as vs
-from tests.helpers.sample_results import loss_slice, variance
+from tests.fixtures.runs.sample_results import loss_slice, variance
 from vitscope.plotting.text_fit import broken_lines, broken_names, fit_legend, n_legend_lines
 
 

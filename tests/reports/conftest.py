@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.report_runs import write_run
+from tests.fixtures.runs.report_runs import write_run
 from vitscope.runs.run_dir import Run
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers.report_runs import curve, spectrum, write_run
+from tests.fixtures.runs.report_runs import curve, spectrum, write_run
 from vitscope.cli import exit_codes, report
 from vitscope.reports import run_index
 from vitscope.runs import run_search

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.report_runs import curve, evaluation, spectrum, write_run
+from tests.fixtures.runs.report_runs import curve, evaluation, spectrum, write_run
 from vitscope.reports import entry_index, run_index
 from vitscope.reports.run_entry import Entry
 from vitscope.runs import run_search

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from tests.helpers.report_runs import configuration
+from tests.fixtures.runs.report_runs import configuration
 from vitscope.config import factories, instantiate, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.model_costs import Cost, Costs, count

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tests.helpers.report_runs import bench, configuration, spectrum
+from tests.fixtures.runs.report_runs import bench, configuration, spectrum
 from vitscope.config import model_facts
 from vitscope.reports.claims import claim_statistics
 from vitscope.reports.model_family import kin

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum, write_run
+from tests.fixtures.runs.report_runs import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope.core.objective_card import check_comparable
 from vitscope.reports import run_entry, run_files, run_index
 from vitscope.reports.model_costs import Costs

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.report_runs import CARD, bench, spectrum
+from tests.fixtures.runs.report_runs import CARD, bench, spectrum
 from vitscope.config import experiment_identity
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.exports import study_export

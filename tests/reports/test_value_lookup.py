@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.report_runs import evaluation, other_card, rise, spectrum
+from tests.fixtures.runs.report_runs import evaluation, other_card, rise, spectrum
 from vitscope.reports import run_index
 from vitscope.reports.measured_results import moment
 from vitscope.reports.value_lookup import Selection

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.report_runs import other_card, rise, spectrum, write_run
+from tests.fixtures.runs.report_runs import other_card, rise, spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.exports import study_export

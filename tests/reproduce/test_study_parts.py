@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.report_runs import spectrum, write_run
+from tests.fixtures.runs.report_runs import spectrum, write_run
 from vitscope.cli import reproduce
 from vitscope.reports.exports import study_export
 from vitscope.reproduce import command_line, draw

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
-from tests.helpers import job_functions, slurm_commands
+from tests.fixtures.programs import job_functions, slurm_commands
 from vitscope.cli import reproduce_jobs
 from vitscope.reproduce import job_display, plan, slurm_job, trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial

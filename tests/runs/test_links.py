@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.helpers.report_runs import spectrum, write_run
+from tests.fixtures.runs.report_runs import spectrum, write_run
 from vitscope.plotting.api import save_figure
 from vitscope.runs import partial_results, result_store, run_end, wandb_mirror
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_manifest

@@ -11,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.helpers.configurations import composed
-from tests.helpers.report_runs import write_run
-from tests.helpers.run_folders import losses, only_run
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.runs.report_runs import write_run
+from tests.fixtures.runs.run_folders import losses, only_run
 from vitscope.config import experiment_identity
 from vitscope.runs import metrics_log, resume_changes, run_dir
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights

@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from tests.helpers.kills import KILLED, at_every_change
+from tests.fixtures.programs.kills import KILLED, at_every_change
 from vitscope.runs import run_dir, run_lock
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.run_dir import Run

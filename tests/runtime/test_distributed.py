@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.config.error_translation import code_for
 from vitscope.runtime import distributed, stop_flag
 from vitscope.runtime.errors import DistributedError, OtherRankError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.host_reads import host_reads
+from tests.fixtures.oracles.host_reads import host_reads
 
 SRC = Path(__file__).parents[2] / "src" / "vitscope"
 #: packages whose code runs on the device

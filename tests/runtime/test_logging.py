@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.fixtures.programs.processes import ENVIRONMENT, ROOT
 from vitscope.data.sources import notices
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.logging import command_logging, is_main_process, log_problem

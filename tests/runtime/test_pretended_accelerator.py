@@ -1,6 +1,7 @@
 """Measurements on an accelerator that is pretended: the numbers of the CPU, no tensor on the wrong device, few reads by the host.
 
-See `tests.helpers.pretended_accelerator`. Its backend is registered for a whole process, so the cases run in one of their own.
+See `tests.fixtures.accelerators.pretended_accelerator`. Its backend is registered for a whole process, so the cases run in one
+of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "tests" / "helpers" / "pretended_measurements.py"
+PROGRAM = ROOT / "tests" / "fixtures" / "accelerators" / "pretended_measurements.py"
 
 #: cases that run with every test: a training step, products, and a measure of feature maps
 FAST = (
@@ -45,7 +46,7 @@ def cases() -> list[str]:
 
 def results(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return what the program prints of cases, by name."""
-    command = [sys.executable, "-m", "tests.helpers.pretended_measurements", *names]
+    command = [sys.executable, "-m", "tests.fixtures.accelerators.pretended_measurements", *names]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

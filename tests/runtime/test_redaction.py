@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.configurations import composed, options
+from tests.fixtures.configs.configurations import composed, options
 from vitscope.config import loading
 from vitscope.runs import run_dir, run_end, wandb_mirror
 from vitscope.runtime import redaction

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest
 
-from tests.helpers.coverage import assert_coverage
+from tests.fixtures.oracles.coverage import assert_coverage
 from vitscope.core.running_mean import RunningMean, estimates
 from vitscope.diagnostics.fourier._bootstrap import by_kind, half_width_over_images
 from vitscope.diagnostics.hessian.hessian_trace import HessianTraceResult

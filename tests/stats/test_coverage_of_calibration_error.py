@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.helpers.coverage import FAST, assert_coverage
+from tests.fixtures.oracles.coverage import FAST, assert_coverage
 from vitscope.diagnostics.calibration import _bins
 from vitscope.diagnostics.calibration._debiased import IMAGES_A_BIN, DebiasedError, debiased_error, gaps
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.helpers.coverage import FAST, SLOW, assert_coverage
+from tests.fixtures.oracles.coverage import FAST, SLOW, assert_coverage
 from vitscope.diagnostics.hessian import _nep_statistics
 from vitscope.reports.claims.factorial_analysis import QUANTITIES, _Reader
 from vitscope.stats.intervals import (

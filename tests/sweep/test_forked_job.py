@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import job_functions
-from tests.helpers.processes import wait_until
+from tests.fixtures.programs import job_functions
+from tests.fixtures.programs.processes import wait_until
 from vitscope.cli import reproduce_job
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import job_scheduler, trial_process

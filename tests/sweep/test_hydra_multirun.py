@@ -23,7 +23,7 @@ from vitscope.sweep import hydra_multirun, trial_process
 from vitscope.training import stop_callbacks
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).parents[1] / "helpers" / "sweep_program.py"
+PROGRAM = Path(__file__).parents[1] / "fixtures" / "programs" / "sweep_program.py"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.helpers.processes import wait_until
+from tests.fixtures.programs.processes import wait_until
 from vitscope.runs import metrics_log
 from vitscope.runtime import stop_flag
 from vitscope.runtime.errors import ConfigError
@@ -26,7 +26,7 @@ from vitscope.sweep import progress_table, sweep_file, trial_process, trial_rank
 from vitscope.sweep.local_runner import LocalSweep, Trial
 from vitscope.sweep.sweep_file import Sweep
 
-PROGRAM = Path(__file__).parents[1] / "helpers" / "sweep_program.py"
+PROGRAM = Path(__file__).parents[1] / "fixtures" / "programs" / "sweep_program.py"
 
 
 def sweep_of(**parameters: Any) -> Sweep:

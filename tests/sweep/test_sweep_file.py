@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.sweep_files import GOOD, sweep_of
+from tests.fixtures.configs.sweep_files import GOOD, sweep_of
 from vitscope.cli import exit_codes
 from vitscope.cli import sweep as command
 from vitscope.config import loading

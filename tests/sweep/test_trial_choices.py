@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.sweep_files import sweep_of
+from tests.fixtures.configs.sweep_files import sweep_of
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import distributions, early_termination, search_algorithms, sweep_file
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.processes import wait_until
+from tests.fixtures.programs.processes import wait_until
 from tests.sweep.test_local_runner import PROGRAM, local, starts, sweep_of
 from vitscope.reproduce import trial_jobs
 from vitscope.reproduce.plan import Outcome, Trial

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.helpers.wandb_server import Server
+from tests.fixtures.programs.wandb_server import Server
 from vitscope.runs import run_search
 from vitscope.runtime.errors import ConfigError
 from vitscope.sweep import sweep_file, trial_process, wandb_agents

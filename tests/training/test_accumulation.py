@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.data.loader import BatchSampler, Draw
 from vitscope.runtime import distributed
 from vitscope.runtime.errors import DataError, NumericalError

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 
 import vitscope as vs
-from tests.helpers.processes import ENVIRONMENT, PATIENCE, ROOT, on_ranks, run_of, train_in_fork, wait_until
+from tests.fixtures.programs.processes import ENVIRONMENT, PATIENCE, ROOT, on_ranks, run_of, train_in_fork, wait_until
 from vitscope.cli import exit_codes, train
 from vitscope.config import factories
 from vitscope.runs import metrics_log

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vitscope as vs
-from tests.helpers.configurations import composed
-from tests.helpers.processes import train_in_fork
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.programs.processes import train_in_fork
 from vitscope.config import cross_checks, loading
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import vitscope as vs
-from tests.helpers.kills import Killed
-from tests.helpers.run_folders import losses
-from tests.helpers.stopped_measurements import stopping_at_measurement
+from tests.fixtures.programs.kills import Killed
+from tests.fixtures.programs.stopped_measurements import stopping_at_measurement
+from tests.fixtures.runs.run_folders import losses
 from vitscope.analyses import runner
 from vitscope.analyses.spec import Analysis, step_tag
 from vitscope.runs import run_end

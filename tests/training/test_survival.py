@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import PATIENCE, ROOT, TINY, run_of, start, train_in_fork
+from tests.fixtures.programs.processes import PATIENCE, ROOT, TINY, run_of, start, train_in_fork
 from vitscope.runs import metrics_log
 from vitscope.runs.checkpoints import checkpoint_io
 
@@ -21,7 +21,9 @@ def killed_while_saving(folder: Path, megabytes: int, rounds: int, seed: int = 0
     """Kill a process that saves without end, at random moments; what it said is there is there, whole."""
     draws = random.Random(seed)
     for _ in range(rounds):
-        process = start(str(ROOT / "tests" / "helpers" / "survivor.py"), str(folder), str(megabytes), **environment)
+        process = start(
+            str(ROOT / "tests" / "fixtures" / "programs" / "survivor.py"), str(folder), str(megabytes), **environment
+        )
         assert process.stdout is not None
         said = int(process.stdout.readline())
         deadline = time.monotonic() + draws.uniform(0, 0.5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config import loading
 from vitscope.config.keys import common_probe
 from vitscope.config.validation import validate_plain_values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.configurations import composed
+from tests.fixtures.configs.configurations import composed
 from vitscope.config.validation import validate_plain_values
 from vitscope.runtime.errors import ConfigError
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.forms_of_batches import ModelOutput
+from tests.fixtures.networks.forms_of_batches import ModelOutput
 from vitscope.core.batches.batch_inputs import BatchInputs
 
 G = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import vitscope as vs
-from tests.helpers import forms_of_batches as forms
-from tests.helpers.processes import on_ranks
+from tests.fixtures.networks import forms_of_batches as forms
+from tests.fixtures.programs.processes import on_ranks
 
 NAMES = ("mse", "dense", "own loss", "dict batch", "triple")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.rotary_vit import rotary_pair
+from tests.fixtures.networks.rotary_vit import rotary_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

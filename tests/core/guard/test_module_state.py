@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.weight_tables import (
+from tests.fixtures.networks.weight_tables import (
     KINDS,
     InAttribute,
     InBuffer,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import vitscope as vs
-from tests.helpers.processes import on_ranks
+from tests.fixtures.programs.processes import on_ranks
 from vitscope.core.guard.repeatability import RandomOutputsWarning
 from vitscope.runtime import progress
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.sample_results import eigenvalues, landscape, loss_slice, variance
+from tests.fixtures.runs.sample_results import eigenvalues, landscape, loss_slice, variance
 from vitscope.core.results.result import Result
 from vitscope.runtime.errors import StorageError
 

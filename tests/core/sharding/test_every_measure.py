@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vitscope as vs
 from tests.core.sharding.test_sharded_weights import OBJECTIVE, network, sharded, whole_state
-from tests.helpers.processes import results_of_ranks
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.core.sharding.sharded_parameters import is_sharded, plain_weights
 
 PIXELS: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3}

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian
-from tests.helpers.processes import results_of_ranks
-from tests.helpers.small_networks import small_convnet, small_vit
+from tests.fixtures.networks.small_networks import small_convnet, small_vit
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.core.sharding.differentiable_gather import ShardLayout, gather
 from vitscope.core.sharding.sharded_parameters import LocalShard, is_sharded, plain_weights
 from vitscope.linalg.curvature.operator_factory import curvatures

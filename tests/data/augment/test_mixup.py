@@ -5,7 +5,7 @@ import pytest
 import torch
 from timm.data.mixup import Mixup
 
-from tests.helpers.timm_versions import compares_mixed_images
+from tests.fixtures.networks.timm_versions import compares_mixed_images
 from vitscope.data.augment.mixup import mix
 
 STRONG = {"mixup": 1.0, "cutmix": 0.8, "switch_prob": 0.5, "label_smoothing": 0.1}

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
-from tests.helpers.image_folders import module
+from tests.fixtures.images.image_folders import module
 from vitscope.data.sources import folder
 from vitscope.runtime.errors import ConfigError, DataError
 

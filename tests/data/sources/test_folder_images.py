@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from tests.helpers.image_folders import module
+from tests.fixtures.images.image_folders import module
 from vitscope.data import DataModule
 from vitscope.data.augment.augment import Recipe
 from vitscope.data.philox import AUGMENT, Key

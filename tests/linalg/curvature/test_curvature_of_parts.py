@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import vitscope as vs
-from tests.helpers.attention_networks import (
+from tests.fixtures.networks.attention_networks import (
     DIM,
     HEAD,
     HEADS,
@@ -25,7 +25,7 @@ from tests.helpers.attention_networks import (
     rows_of_order,
     vit,
 )
-from tests.helpers.hessian_oracle import dense_hessian
+from tests.fixtures.oracles.hessian_oracle import dense_hessian
 from vitscope.core.objective import Objective
 from vitscope.linalg.batched_lanczos import SideBySide
 from vitscope.linalg.curvature.curvature_options import CurvatureOptions

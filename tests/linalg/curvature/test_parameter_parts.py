@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.attention_networks import (
+from tests.fixtures.networks.attention_networks import (
     DIM,
     HEADS,
     Attention,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import vitscope as vs
-from tests.helpers.hessian_oracle import by_magnitude, dense_hessian, make
-from tests.helpers.processes import results_of_ranks
-from tests.helpers.small_networks import data_of, model_of
+from tests.fixtures.networks.small_networks import data_of, model_of
+from tests.fixtures.oracles.hessian_oracle import by_magnitude, dense_hessian, make
+from tests.fixtures.programs.processes import results_of_ranks
 from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.differences.central_differences import CentralDifferences
 from vitscope.runtime.errors import NumericalError

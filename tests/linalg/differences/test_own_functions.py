@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.activated import Activated, activated
+from tests.fixtures.networks.activated import Activated, activated
 from vitscope.core.sharding.sharded_parameters import LocalShard
 from vitscope.linalg.differences import own_functions
 from vitscope.linalg.differences.second_derivative_errors import NotTwiceDifferentiableError

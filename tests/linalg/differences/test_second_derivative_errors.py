@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitscope as vs
-from tests.helpers.activated import activated
+from tests.fixtures.networks.activated import activated
 from vitscope.linalg.differences.second_derivative_errors import NotTwiceDifferentiableError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 import vitscope as vs
-from tests.helpers.landscapes import assert_untouched, snapshot
+from tests.fixtures.networks.landscapes import assert_untouched, snapshot
 from vitscope.models.permutations.unit_symmetry import Permutations, UnitSymmetry, run_recorded, unit_symmetry
 from vitscope.runtime.errors import NumericalError, StructureError
 

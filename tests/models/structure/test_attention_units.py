@@ -17,7 +17,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tests.helpers.attention_networks import HEAD, HEADS, Attention, batch, built
+from tests.fixtures.networks.attention_networks import HEAD, HEADS, Attention, batch, built
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units, reading_attention_units
 from vitscope.models.structure.attention_weights import reading_calls
 from vitscope.runtime.errors import StructureError

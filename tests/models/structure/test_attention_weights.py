@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.model_configs import from_config
+from tests.fixtures.configs.model_configs import from_config
 from vitscope import models
 from vitscope.models.structure.attention_weights import attention_weights, reading_attention
 from vitscope.models.structure.residual_units import units

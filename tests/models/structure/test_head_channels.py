@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.own_networks import Block, C, Tokens, X
+from tests.fixtures.networks.own_networks import Block, C, Tokens, X
 from vitscope.models.structure.residual_units import head_zeroed, units
 from vitscope.runtime.errors import StructureError
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.own_networks import B, C, check
+from tests.fixtures.networks.own_networks import B, C, check
 
 
 class InPlace(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.helpers.own_networks import PLACES, Block, Tokens, check
+from tests.fixtures.networks.own_networks import PLACES, Block, Tokens, check
 
 
 class Looped(Tokens):

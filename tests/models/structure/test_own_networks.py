@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import PLACES, B, Block, Branches, C, Feed, N, Tokens, X, check
+from tests.fixtures.networks.own_networks import PLACES, B, Block, Branches, C, Feed, N, Tokens, X, check
 from vitscope.linalg.curvature.parameter_subsets import select_parameters
 from vitscope.models.structure.residual_units import reading_branches, units
 from vitscope.runtime.errors import StructureError

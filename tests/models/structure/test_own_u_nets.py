@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import B, C, X, check
+from tests.fixtures.networks.own_networks import B, C, X, check
 from vitscope.models.structure.parameter_groups import parameter_kinds
 
 

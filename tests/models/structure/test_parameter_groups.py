@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tests.helpers import timm_versions
+from tests.fixtures.networks import timm_versions
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import Block, C, Tokens, X
+from tests.fixtures.networks.own_networks import Block, C, Tokens, X
 from vitscope.models.structure.taps import reading
 
 

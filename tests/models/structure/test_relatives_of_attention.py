@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.own_networks import Attention, Block, C, Feed, N, Tokens, X, check
+from tests.fixtures.networks.own_networks import Attention, Block, C, Feed, N, Tokens, X, check
 from vitscope.models.structure.residual_units import units
 from vitscope.runtime.errors import StructureError
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers.model_configs import from_config
+from tests.fixtures.configs.model_configs import from_config
 from vitscope import models
 from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 from vitscope.models.structure.residual_units import (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import vitscope as vs
-from tests.helpers.feature_maps import as_map, image, maps
-from tests.helpers.model_configs import from_config
+from tests.fixtures.configs.model_configs import from_config
+from tests.fixtures.oracles.feature_maps import as_map, image, maps
 from vitscope import models
 from vitscope.core.tap import Tap
 from vitscope.models.structure.attention_weights import AttentionCall, AttentionMode

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import vitscope as vs
-from tests.helpers import timm_versions
-from tests.helpers.attention_rule import attention_parameters
-from tests.helpers.replayed_pass import replayed
+from tests.fixtures.networks import timm_versions
+from tests.fixtures.oracles.attention_rule import attention_parameters
+from tests.fixtures.oracles.replayed_pass import replayed
 from tests.models.structure.timm_families import FAMILIES, NOT_RESIDUAL
 from vitscope.models.structure.found_structure import find_structure
 from vitscope.models.structure.residual_units import known_units, zeroed

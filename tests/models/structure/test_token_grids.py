@@ -10,7 +10,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tests.helpers.feature_maps import image, maps
+from tests.fixtures.oracles.feature_maps import image, maps
 from vitscope.models.structure.feature_maps import ForwardPass, to_map, token_grid
 from vitscope.models.structure.taps import taps
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 import vitscope as vs
-from tests.helpers.attention_rule import attention_parameters
+from tests.fixtures.oracles.attention_rule import attention_parameters
 
 
 @pytest.mark.parametrize(

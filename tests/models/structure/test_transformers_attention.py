@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.transformers_models import FAMILIES, built, images
+from tests.fixtures.networks.transformers_models import FAMILIES, built, images
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units, reading_attention_units
 
 #: prefix tokens, windows, and grids of queries and keys of the first unit by family

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vitscope as vs
 
 pytest.importorskip("transformers")
-from tests.helpers.transformers_models import FAMILIES, built, expected_units, images, named_modules, selected
+from tests.fixtures.networks.transformers_models import FAMILIES, built, expected_units, images, named_modules, selected
 from vitscope.models.structure import reading
 from vitscope.models.structure.parameter_groups import parameter_kinds
 from vitscope.models.structure.residual_units import Unit, head_zeroed, units, zeroed

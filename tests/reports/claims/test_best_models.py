@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.report_runs import bench
+from tests.fixtures.runs.report_runs import bench
 from vitscope.reports.claims import claim_statistics
 from vitscope.reports.claims.effect_sizes import Effect
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.claim_effects import ape, write_scalars
-from tests.helpers.report_runs import CARD, Given, bench, curve, other_card, rise, spectrum
+from tests.fixtures.runs.claim_effects import ape, write_scalars
+from tests.fixtures.runs.report_runs import CARD, Given, bench, curve, other_card, rise, spectrum
 from vitscope.diagnostics.fourier.branch_transfer import BranchTransferResult
 from vitscope.reports.claims import claim_statistics, claim_verdicts, effect_sizes
 from vitscope.reports.claims.claims import CLAIMS

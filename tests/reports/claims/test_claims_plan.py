@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tests.helpers.report_runs import CARD
+from tests.fixtures.runs.report_runs import CARD
 from vitscope.config import experiment_identity, loading, model_facts
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.claim_effects import write_scalars
-from tests.helpers.report_runs import Given, bench, curve, other_card, rise, spectrum
+from tests.fixtures.runs.claim_effects import write_scalars
+from tests.fixtures.runs.report_runs import Given, bench, curve, other_card, rise, spectrum
 from vitscope.reports.claims import claim_statistics
 from vitscope.reports.claims.effect_sizes import plainest
 from vitscope.reports.model_costs import Cost

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.helpers.factorial_runs import PAIRS, WD, write
-from tests.helpers.report_runs import CARD, other_card
+from tests.fixtures.runs.factorial_runs import PAIRS, WD, write
+from tests.fixtures.runs.report_runs import CARD, other_card
 from vitscope.reports import run_index
 from vitscope.reports.claims import factorial_analysis
 from vitscope.reports.figures import factorial_figure

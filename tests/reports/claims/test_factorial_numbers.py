@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.factorial_runs import write
-from tests.helpers.report_runs import bench
+from tests.fixtures.runs.factorial_runs import write
+from tests.fixtures.runs.report_runs import bench
 from vitscope.reports.claims import factorial_analysis, factorial_runs
 from vitscope.reports.measured_results import Measured
 from vitscope.stats.intervals import LEAST_IMAGES

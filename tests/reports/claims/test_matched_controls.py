@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.claim_effects import ape
-from tests.helpers.report_runs import Given, bench, configuration, other_card, rise, spectrum
+from tests.fixtures.runs.claim_effects import ape
+from tests.fixtures.runs.report_runs import Given, bench, configuration, other_card, rise, spectrum
 from vitscope.reports.claims.matched_controls import has_attention, without_attention
 from vitscope.reports.model_costs import Cost
 from vitscope.reports.run_entry import Entry

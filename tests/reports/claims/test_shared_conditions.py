@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.claim_effects import ape
-from tests.helpers.report_runs import bench, curve, other_card, rise, spectrum
+from tests.fixtures.runs.claim_effects import ape
+from tests.fixtures.runs.report_runs import bench, curve, other_card, rise, spectrum
 from vitscope.reports.claims import claim_statistics, claim_verdicts
 from vitscope.reports.claims.claims import CLAIMS
 

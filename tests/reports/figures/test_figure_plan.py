@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from tests.helpers.report_runs import curve, other_card, rise, spectrum
+from tests.fixtures.runs.report_runs import curve, other_card, rise, spectrum
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.figures import figure_captions, figure_worker
 from vitscope.reports.figures.figure_plan import PER_FIGURE, Panel, missing_results, panels

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.report_runs import CARD, curve, other_card, rise, spectrum, write_run
+from tests.fixtures.runs.report_runs import CARD, curve, other_card, rise, spectrum, write_run
 from vitscope.diagnostics.landscape.loss_landscape import LossLandscapeResult
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.claims import claim_verdicts

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vitscope as vs
-from tests.helpers.report_runs import Given, write_run
+from tests.fixtures.runs.report_runs import Given, write_run
 from tests.reports.figures.test_html_page import CHROMIUM, WATCH, Page
 from vitscope import models as networks
 from vitscope.reports import run_index

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from scipy import stats
 
-from tests.helpers.report_runs import curve, other_card, spectrum
+from tests.fixtures.runs.report_runs import curve, other_card, spectrum
 from vitscope.config import loading
 from vitscope.reports import run_index
 from vitscope.reports.figures import run_correlations, scatter_figures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.helpers.report_runs import other_card, spectrum
+from tests.fixtures.runs.report_runs import other_card, spectrum
 from vitscope.reports import run_index
 from vitscope.reports.figures.figure_plan import PER_FIGURE, panels
 from vitscope.reports.figures.step_histories import draw, draw_history, step_histories

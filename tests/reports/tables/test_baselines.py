@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers.report_runs import curve, other_card
+from tests.fixtures.runs.report_runs import curve, other_card
 from vitscope.reports import run_entry, run_index
 from vitscope.reports.figures import figure_captions, figure_worker
 from vitscope.reports.tables import baselines

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.claim_effects import write_scalars
-from tests.helpers.report_runs import bench, evaluation
+from tests.fixtures.runs.claim_effects import write_scalars
+from tests.fixtures.runs.report_runs import bench, evaluation
 from vitscope.reports.model_costs import Costs
 from vitscope.reports.tables import headline_tables
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.helpers.report_runs import CARD, other_card, rise, spectrum
+from tests.fixtures.runs.report_runs import CARD, other_card, rise, spectrum
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.diagnostics.corruption.corruption import CorruptionResult
 from vitscope.reports import run_index

@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.helpers.weight_files import S, loaded_outputs, prefixed
+from tests.fixtures.runs.weight_files import S, loaded_outputs, prefixed
 from vitscope.runs.checkpoints import checkpoint_io
 from vitscope.runs.checkpoints.plain_objects import NumberType, PlainObject, plain_number
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torchvision import tv_tensors
 
-from tests.helpers.weight_files import OTHER, WEIGHTS, S, loaded_outputs, network, prefixed
+from tests.fixtures.runs.weight_files import OTHER, WEIGHTS, S, loaded_outputs, network, prefixed
 from vitscope import models
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import vitscope as vs
-from tests.helpers.weight_files import AVERAGES, IMAGES, OTHER, WEIGHTS, S, State, loaded_outputs, network, prefixed
+from tests.fixtures.runs.weight_files import (
+    AVERAGES,
+    IMAGES,
+    OTHER,
+    WEIGHTS,
+    S,
+    State,
+    loaded_outputs,
+    network,
+    prefixed,
+)
 from vitscope.models import state_dicts
 from vitscope.runs.checkpoints import checkpoint_io, checkpoint_sequence, checkpoint_weights
 from vitscope.runtime.errors import CheckpointError

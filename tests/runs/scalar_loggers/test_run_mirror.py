@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from tests.helpers.configurations import composed
-from tests.helpers.run_folders import only_run
+from tests.fixtures.configs.configurations import composed
+from tests.fixtures.runs.run_folders import only_run
 from vitscope.config.keys import logger_choice
 from vitscope.config.validation import validate_plain_values
 from vitscope.runs import metrics_log, run_dir
