@@ -133,7 +133,7 @@ def test_a_window_that_does_not_divide_names_those_that_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 20}, "no depth 20: choose one of 18, 34, 50, 101, 152"),
+        ({"depth": 20}, "one of 18, 34, 50, 101, 152, received 20"),
         ({"mixer": "fft"}, "Unknown mixer 'fft'"),
         ({"blur_size": 4, "mixer": "blur"}, "blur_size must be 2 or 3"),
         ({"stem": "vgg"}, "Unknown stem 'vgg'"),

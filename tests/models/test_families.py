@@ -83,9 +83,9 @@ def test_branches_of_a_fresh_resnet_are_not_zero() -> None:
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (models.convnet, {"depth": 20}, "ResNet has no depth 20"),
+        (models.convnet, {"depth": 20}, "depth of ResNet to be one of .* received 20"),
         (models.convnet, {"stem": "deep"}, "Unknown stem 'deep'"),
-        (models.resnext, {"depth": 18}, "ResNeXt has no depth 18"),
+        (models.resnext, {"depth": 18}, "depth of ResNeXt to be 50 or 101, received 18"),
         (models.vit, {"size": "nano"}, "Unknown size 'nano'"),
         (models.vit, {"pool": "max"}, "Unknown pool 'max'"),
         (models.vit, {"patch_size": 5}, "patch_size=5 does not divide the 32x32 image; .* 1, 2, 4, 8, 16, 32"),

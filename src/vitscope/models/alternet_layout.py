@@ -98,7 +98,7 @@ def build_up(depth: int = 50, *, overshoot: bool = False) -> list[tuple[int, int
 def blocks_of(depth: int) -> tuple[int, int, int, int]:
     """Blocks a stage of AlterNet of that depth; a ValueError names the depths there are."""
     if depth not in BLOCKS:
-        raise ValueError(f"AlterNet has no depth {depth}: choose one of {', '.join(map(str, BLOCKS))}.")
+        raise ValueError(f"Expected depth of AlterNet to be one of {', '.join(map(str, BLOCKS))}, received {depth}.")
     return BLOCKS[depth]
 
 

@@ -79,7 +79,7 @@ def resnext(
     """
     names = {50: "resnext50_32x4d", 101: "resnext101_32x8d"}
     if depth not in names:
-        raise ValueError(f"ResNeXt has no depth {depth}: choose one of 50, 101.")
+        raise ValueError(f"Expected depth of ResNeXt to be 50 or 101, received {depth}.")
     _check(depth, stem)
     return _resnet(names[depth], num_classes, stem, drop_path, in_chans, zero_init_last, grad_checkpointing)
 
@@ -119,7 +119,7 @@ def preresnet(
 
 def _check(depth: int, stem: str) -> None:
     if depth not in BLOCKS:
-        raise ValueError(f"ResNet has no depth {depth}: choose one of {', '.join(map(str, BLOCKS))}.")
+        raise ValueError(f"Expected depth of ResNet to be one of {', '.join(map(str, BLOCKS))}, received {depth}.")
     if stem not in ("cifar", "imagenet"):
         raise ValueError(f"Unknown stem {stem!r}: cifar or imagenet.")
 
