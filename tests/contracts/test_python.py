@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing.queues
 import typing
 
 import pytest
@@ -37,3 +38,9 @@ def test_the_parser_of_hydra_takes_help_that_is_no_string(monkeypatch: pytest.Mo
     texts = [action.help for action in parser._actions if isinstance(action.help, str)]
     assert 0 < len(texts) < len(parser._actions)
     assert checked[before:] == texts
+
+
+def test_a_queue_calls_a_method_with_an_error_and_the_item_that_it_could_not_send() -> None:
+    # `torch_internals.replace_unsent_items` puts another item in its place, in the workers of loaders
+    assert list(inspect.signature(multiprocessing.queues.Queue._on_queue_feeder_error).parameters) == ["e", "obj"]
+    assert "self._on_queue_feeder_error" in inspect.getsource(multiprocessing.queues.Queue._start_thread)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -165,6 +166,42 @@ class Hungry(Numbers):
             for _ in range(self.left):
                 os.close(self.opened.pop())
         return super().__getitems__(draw)
+
+
+class Unsent:
+    """What a batch holds that cannot be pickled, as a tensor cannot without a descriptor."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __reduce__(self):
+        raise self.error
+
+
+class Unsendable(Numbers):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitems__(self, draw):
+        return Unsent(self.error) if 7 in draw.indices else super().__getitems__(draw)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), StorageError, "too many open files"),
+        (
+            ValueError("no such type"),
+            DataError,
+            r"data\.num_workers: a loader worker cannot send its batch \(ValueError: no",
+        ),
+    ],
+)
+def test_a_batch_that_a_worker_cannot_send_is_an_error_and_no_hang(error, kind, text):
+    """A thread of the worker pickles batches: its errors went to stderr, and the main process waited for ever."""
+    loader = Loader(Unsendable(error), BatchSampler(40, 5, shuffle=False), num_workers=1)
+    with pytest.raises(kind, match=text):
+        list(loader)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's own clean-up fails too

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vitscope.data import file_descriptors, philox
 from vitscope.data.augment.augment import Recipe
-from vitscope.runtime.errors import DataError, VitscopeError
-from vitscope.runtime.torch_internals import shut_workers_down, worker_processes
+from vitscope.runtime.errors import DataError, VitscopeError, first_line
+from vitscope.runtime.torch_internals import replace_unsent_items, shut_workers_down, worker_processes
 
 
 class Draw(NamedTuple):
@@ -138,7 +138,7 @@ class Loader(DataLoader[Any]):
             pin_memory=pin_memory,
             collate_fn=_unchanged,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_interrupts_to_parent,
+            worker_init_fn=_prepare_worker,
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -236,6 +236,16 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_parent(_worker: int) -> None:
+def _prepare_worker(_worker: int) -> None:
     # Ctrl-C reaches the whole process group: the parent decides, workers go on feeding it until then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replace_unsent_items(_error_in_place_of)
+
+
+def _error_in_place_of(error: Exception, item: Any) -> Any:
+    """Return the item ``(index, error)`` in place of a batch ``(index, batch)`` that a worker cannot send."""
+    index = item[0] if isinstance(item, tuple) else None
+    if file_descriptors.is_shortage(error):
+        return index, file_descriptors.shortage()
+    reason = f"a loader worker cannot send its batch ({type(error).__name__}: {first_line(error)})"
+    return index, DataError("data.num_workers", None, reason, "set data.num_workers=0")

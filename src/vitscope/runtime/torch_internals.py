@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -155,3 +156,16 @@ def shut_workers_down(loader: Any) -> None:
     if loader.num_workers and loader._iterator is not None:
         loader._iterator._shutdown_workers()
         loader._iterator = None
+
+
+def replace_unsent_items(replacement: Callable[[Exception, Any], Any]) -> None:
+    """Let queues of this process send ``replacement(error, item)`` in place of an item that they cannot send.
+
+    A thread of the queue pickles the items; without this the error goes to stderr, and who waits for the item waits for ever.
+    For worker processes: it holds for all queues whose thread starts later.
+    """
+
+    def send_replacement(queue: Any, error: Exception, item: Any) -> None:
+        queue.put(replacement(error, item))
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_replacement  # pyright: ignore[reportAttributeAccessIssue]
