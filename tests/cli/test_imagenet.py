@@ -123,7 +123,7 @@ def test_a_model_of_one_size_is_built_at_the_size_of_its_weights(call: Callable[
         (["model.num_classes=10"], 2, "error: model.num_classes=10: data.num_classes is 1000"),
         (["data.transform=timm"], 2, "error: data.transform=timm: unknown transform"),
         (["model=alternet", "model.window_size=7", "model.stem=imagenet"], 2, "error: data.transform=model: AlterNet does not"),
-        (["analysis.evaluation.classes=some"], 2, "error: analysis.evaluation.classes=some: no such choice; choose from all, present"),
+        (["analysis.evaluation.classes=some"], 2, "analysis.evaluation.classes=some: no such choice; choose from all, present"),
         (["analysis.evaluation.classes=[n00000000]"], 2, "received 'n00000000'"),
     ],
 )  # fmt: skip

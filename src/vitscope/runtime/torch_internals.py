@@ -168,4 +168,5 @@ def replace_unsent_items(replacement: Callable[[Exception, Any], Any]) -> None:
     def send_replacement(queue: Any, error: Exception, item: Any) -> None:
         queue.put(replacement(error, item))
 
-    multiprocessing.queues.Queue._on_queue_feeder_error = send_replacement  # pyright: ignore[reportAttributeAccessIssue]
+    queue_class: Any = multiprocessing.queues.Queue
+    queue_class._on_queue_feeder_error = send_replacement
