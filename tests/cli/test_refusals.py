@@ -54,7 +54,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ["trainer.max_epochs=-1", "trainer.max_time='00:00:01:00'"],
             "error: optimizer.schedule.kind=cosine: a cosine ends",
         ),
-        (["callbacks.checkpoint.mode=up"], "error: callbacks.checkpoint: Expected mode to be 'min' or 'max'"),
+        (["callbacks.checkpoint.mode=up"], "error: callbacks.checkpoint.mode=up: Expected mode to be 'min' or 'max'"),
         (["callbacks.lr_monitor.logging_interval=abc"], "error: callbacks.lr_monitor"),
         (["trainer.limit_val_batches=0.0001"], "error: trainer.limit_val_batches=0.0001: no batch"),
         (["ckpt_path=/nowhere/x.ckpt"], "error: ckpt_path=/nowhere/x.ckpt: no such file"),
