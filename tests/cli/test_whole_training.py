@@ -120,6 +120,7 @@ def differences_after_start(copy: Path, root: Path, expected: Mapping[str, Any],
     return differences(expected, state(finished_run(root))) if code == 0 else [f"exit code {code}"]
 
 
+@pytest.mark.slow  # four seconds; the next test stops at each write
 def test_a_training_is_killed_at_some_writes(tmp_path: Path) -> None:
     assert differences_after_kills(tmp_path, *AVERAGED, first=40, step=80) == []
 

@@ -121,6 +121,7 @@ def test_measures_between_old_files() -> None:
     assert (results[0] == results[2]).all()
 
 
+@pytest.mark.slow  # five seconds: four commands
 def test_an_old_file_in_every_command(call, tiny, tmp_path) -> None:
     """A residual network's, its names behind ``module.``: analyzed, trained from, named as a run's checkpoint, read by name."""
     torch.manual_seed(0)
