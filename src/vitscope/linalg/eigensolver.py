@@ -256,13 +256,15 @@ def _agreed(stop: bool, shared: bool, device: torch.device) -> bool:
 def _beyond(lanczos: Lanczos, ritz: Ritz, bounds: np.ndarray, product_error: float) -> np.ndarray:
     """Return which tolerances the operator's asymmetry exceeds, and warn of it: half of the digits are more than rounding.
 
-    Products that are off by ``product_error`` explain twice that.
+    Products that are off by ``product_error`` explain twice that. They are central differences, whose digits are those of
+    eps^(2/3): the error is an estimate, and along some directions the product has fewer of them.
 
     Such a product is not that of a matrix of second derivatives: a part of the network has a wrong derivative, such as an
     ``autograd.Function`` whose backward pass reads values that autograd takes for constants.
     """
     norm = float(np.abs(ritz.values).max(initial=0.0))
-    explained = float(torch.finfo(lanczos.basis.dtype).eps) ** 0.5 * norm + 2 * product_error
+    half_of_digits = 1 / 3 if product_error else 1 / 2
+    explained = float(torch.finfo(lanczos.basis.dtype).eps) ** half_of_digits * norm + 2 * product_error
     if not lanczos.asymmetry > explained:
         return np.zeros(len(bounds), dtype=bool)
     warnings.warn(

@@ -34,6 +34,9 @@ def network(kind: str) -> nn.Module:
         for p in model.parameters():
             if p.ndim in (1, 3):
                 p.add_(0.3 * torch.rand_like(p))
+        for name, statistic in model.named_buffers():  # of trained layers, not those of new ones
+            if name.endswith("running_mean"):
+                statistic.add_(0.1 * torch.rand_like(statistic))
     return model
 
 
