@@ -309,7 +309,6 @@ class Classifier(pl.LightningModule):
         return isinstance(optimizer, SAM) and optimizer.perturbed
 
 
-
 def _metrics(num_classes: int) -> nn.ModuleDict:
     scores = MetricCollection(
         {

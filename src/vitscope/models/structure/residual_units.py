@@ -118,9 +118,7 @@ def known_units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
 def _units(model: nn.Module, model_structure: FoundStructure, images: Tensor | None) -> list[Unit]:
     components = [p for p in model_structure.components if p.part.is_residual]
     if not components:
-        raise ValueError(
-            f"{type(model).__name__} has no residual unit that vitscope knows: {DESCRIBING_UNITS}."
-        )
+        raise ValueError(f"{type(model).__name__} has no residual unit that vitscope knows: {DESCRIBING_UNITS}.")
     last_index = max(len(components) - 1, 1)
     reads = [(piece.part.branch_in, piece.part.branch_out, piece.part.added) for piece in components]
     ordered = iter(with_orders(model, [read for places in reads for read in places], images))
