@@ -13,13 +13,14 @@ from vitscope.core.cost.measure_cost import Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimates
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.attention._map_options import chosen_heads, chosen_layers, object_masks
+from vitscope.diagnostics.attention._map_options import check_choices, chosen_heads, chosen_layers, object_masks
 from vitscope.diagnostics.attention._map_sums import MapSums
-from vitscope.diagnostics.attention._placement import Query, resolved_query
+from vitscope.diagnostics.attention._placement import Query, check_query, resolved_query
 from vitscope.diagnostics.attention._rollout import rollout_refusal
 from vitscope.diagnostics.attention._shown_images import shown_images
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units_of
@@ -141,6 +142,8 @@ def _shown_images(workload: Workload, options: Options) -> int:
 @declares_cost(feature_pass_cost(accumulate, further_images=_shown_images))
 @shares_pass(accumulate)
 @record_options
+@checks_options(check_query)
+@checks_options(check_choices)
 def attention_maps(
     probe: Probe,
     *,
