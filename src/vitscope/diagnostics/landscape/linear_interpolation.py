@@ -97,12 +97,12 @@ def path_cost(workload: Workload, options: Options, *, n_curves: int) -> Measure
     return MeasureCost(works, held_bytes=3.0 * workload.parameter_bytes, result_bytes=ENTRY * n_curves * n)
 
 
-@declares_cost(functools.partial(path_cost, n_curves=6))  # t and five curves
 def _check_ends(n: int, t_min: float, t_max: float) -> None:
     if n < 2 or not t_min < t_max:
         raise ValueError(f"Expected t_min < t_max and at least 2 points, received {t_min=:g}, {t_max=:g}, {n=}.")
 
 
+@declares_cost(functools.partial(path_cost, n_curves=6))  # t and five curves
 @record_options
 @checks_options(_check_ends)
 def linear_interpolation(
