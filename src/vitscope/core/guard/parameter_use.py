@@ -48,9 +48,8 @@ def ineffective_parameters(
                 stack.callback(module.register_forward_hook(lambda m, _, out: _note_outputs(running, m, out)).remove)
         outputs = output_tensors(substituted_call(model, copies, x))
         ends = [t.sum() for t in outputs if t.requires_grad]
-    if (
-        not ends and not values
-    ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
+    if not ends and not values:
+        # no parameter stands out: a measure that needs gradients refuses the outputs themselves
         return (), (), ()
     outside = outside_tensors(ends, [*copies.values(), *model.parameters()])
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
