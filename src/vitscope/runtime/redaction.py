@@ -77,7 +77,8 @@ def is_secret(key: str) -> bool:
     if _PARTS.search("".join(words)) or _WORDS & set(words):
         return True
     for index, word in enumerate(words):
-        before, after = words[index - 1] if index else "", words[index + 1] if index + 1 < len(words) else ""
+        before = words[index - 1] if index else ""
+        after = words[index + 1] if index + 1 < len(words) else ""
         if word == "token" and before not in _HARMLESS_BEFORE and after not in _HARMLESS_AFTER:
             return True
         if word in _LAST_WORDS and not after and before and before not in _HARMLESS_BEFORE:
