@@ -18,6 +18,15 @@ from vitscope.core.guard.substituted_call import substituted_call
 MASK_TOKENS = frozenset({"mask_token", "mask_tokens"})
 
 
+def parameter_owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the module that holds each parameter, by all of its names."""
+    return {
+        f"{path}.{key}".strip("."): module
+        for path, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
 def ineffective_parameters(
     model: nn.Module, x: Inputs, values: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -56,11 +65,7 @@ def ineffective_parameters(
     ineffective = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
         ineffective = [name for name in ineffective if not _is_effective(model, moved[name], x)]
-    owners = {
-        f"{path}.{key}".strip("."): module
-        for path, module in model.named_modules()
-        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
-    }
+    owners = parameter_owners(model)
 
     def is_cut_off(name: str) -> bool:
         owner = owners[name]
