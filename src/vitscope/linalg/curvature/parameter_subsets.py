@@ -250,7 +250,12 @@ def subset_name(model: nn.Module, subset: Subset = None) -> str:
     No measure analyzes frozen parameters. A network with many of them (`LARGEST_TRAINABLE_SHARE`) has the card ``trainable`` in
     place of ``all``, and another subset is followed by that word.
     """
-    name = subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)
+    if subset is None:
+        name = "all"
+    elif isinstance(subset, str):
+        name = subset
+    else:
+        name = ", ".join(subset)
     n_values = sum(p.numel() for p in model.parameters())
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not n_trainable or n_trainable > LARGEST_TRAINABLE_SHARE * n_values:
