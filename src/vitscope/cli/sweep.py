@@ -116,7 +116,7 @@ def _server(
 
     if sweep_id is None:
         sweep_id = wandb_agents.create(sweep)
-        print(f"created sweep {sweep_id}; go on with SWEEP_ID={sweep_id}", flush=True)
+        print(f"created sweep {sweep_id}; resume it with SWEEP_ID={sweep_id}", flush=True)
     folder = (root / f"{sweep.path.stem}-{sweep_id.rpartition('/')[2]}").absolute()
     return wandb_agents.run(sweep, sweep_id, folder, slots, limit)
 
@@ -125,5 +125,7 @@ def _whole(name: str, text: str | None) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(name.upper(), text, "not a whole number from 1", "give one, or leave it out")
+        raise ConfigError(
+            name.upper(), text, "not a whole number of at least 1", f"set {name.upper()}=2, or leave it out"
+        )
     return int(text)

@@ -55,7 +55,7 @@ class Request:
         runs: The folder of runs.
         out: The folder of figures, a folder a target in it.
         gpus: GPUs such as ``0,1``; None for none in particular.
-        jobs: Number of jobs side by side; None for one, or one a GPU.
+        jobs: Number of jobs side by side; None for one, or one per GPU.
         overrides: Settings of every run.
         dry: Whether only to list the work.
         launcher: ``local`` or ``slurm``.
@@ -195,7 +195,7 @@ def _wrapped(names: Sequence[str], width: int = 110) -> str:
 
 def _whole(name: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(name, text, "not a whole number of at least 1", f"give one, such as {name}=2")
+        raise ConfigError(name, text, "not a whole number of at least 1", f"write {name}=2")
     return int(text)
 
 
