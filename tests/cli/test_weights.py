@@ -139,7 +139,8 @@ def test_a_run_s_file_without_its_run(call, trained, tiny, tmp_path, capsys) -> 
     assert call("train", *options, "trainer.max_epochs=2", f"run_dir={tmp_path}/new") == 0
     err = capsys.readouterr().err
     assert (
-        f"a new run goes on from step 4 with the optimizer's state; run={run} resumes that run itself, ckpt_weig" in err
+        f"a new run continues from step 4 with the optimizer's state; run={run} resumes that run itself, ckpt_weig"
+        in err
     )
 
 
@@ -170,7 +171,7 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
         ),
         (
             [f"run={run}", f"ckpt_path={file}", "ckpt=ema"],
-            "error: ckpt=ema: a run that goes on needs the weights that its",
+            "error: ckpt=ema: a resumed run needs the weights that its",
         ),
     ):
         assert call("train", *arguments) == 2
@@ -257,7 +258,7 @@ def test_values_that_an_analysis_would_pass_over_are_refused(call, trained, caps
         (
             "data.batch_size=7",
             2,
-            "error: data.batch_size=7: the batch of a training, which no analysis uses; set data.eval",
+            "error: data.batch_size=7: a setting of training batches, which analyses do not use; set data.eval",
         ),
         (
             "optimizer=sgd",

@@ -173,7 +173,7 @@ def test_the_base_optimizer_of_sam_has_the_ranges_of_optimizers() -> None:
 
 def test_bounds_of_caps_and_numbers_without_a_range_need_only_be_finite() -> None:
     number_checks.check_numbers({"caps": {"n_images": 0}, "model": {"_target_": "mylab.Net", "depth": 0}})
-    with pytest.raises(ConfigError, match=r"^model\.depth=nan: not a finite number; give one$"):
+    with pytest.raises(ConfigError, match=r"^model\.depth=nan: not a finite number; give a finite number$"):
         number_checks.check_numbers({"model": {"_target_": "mylab.Net", "depth": float("nan")}})
 
 

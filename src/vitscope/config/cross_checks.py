@@ -282,7 +282,7 @@ def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     if "rho" not in optimizer:
         return
     if trainer.get("precision") in ("16-mixed", "16", 16):
-        raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
+        raise ConfigError("trainer.precision", trainer["precision"], "SAM does not work with the gradient scaling of fp16",
                           "use bf16-mixed or 32-true")  # fmt: skip
     if trainer.get("precision") in ("16-true", "bf16-true"):
         reason = "SAM's ascent has the length rho over all weights, and is lost in the rounding of half-precision ones"

@@ -73,7 +73,9 @@ def check_arguments(
                 fix = errors.nearest(word, _choices(hints[key]))
                 raise ConfigError(f"{path}.{key}", shown(value), "no such choice", fix)
             expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
+            raise ConfigError(
+                f"{path}.{key}", shown(value), f"not of type {expected}", f"give a value of type {expected}"
+            )
         if key in ranges:
             check_value(f"{path}.{key}", value, ranges[key])
 

@@ -179,7 +179,12 @@ class Lanczos:
 
     def _check(self, coefficients: np.ndarray) -> None:
         if not np.isfinite(coefficients).all():
-            raise NumericalError("hessian", None, "a product is not finite", "look at the weights, or use float64")
+            raise NumericalError(
+                "hessian",
+                None,
+                "a product is not finite",
+                "check the weights for values that are not finite, or use float64",
+            )
 
     def _grow(self, diagonal: float, length: float, scale: float) -> None:
         """Add T's next row and column, and the remainder of that length to the basis."""

@@ -117,7 +117,7 @@ class WandbMirror:
         try:
             action(self._run)
         except Exception as error:  # whatever W&B raises, training goes on
-            warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
+            warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; metrics.jsonl has every row", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
-            then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
+            then = "trying offline" if attempt != "offline" else "going on without it; metrics.jsonl has every row"
             _logger.info(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return WandbMirror()
 

@@ -91,7 +91,7 @@ def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
     run = run_search.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
     if run is None and cfg.ckpt_path == "last":
         reason = "no unfinished run of this configuration has a checkpoint"
-        raise CheckpointError("ckpt_path", "last", reason, "start afresh without it, or use ckpt_path=auto")
+        raise CheckpointError("ckpt_path", "last", reason, "start a new run without it, or use ckpt_path=auto")
     return run
 
 
@@ -124,13 +124,13 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
     starts_anew = not checkpoint_io.present(run.checkpoints)  # it ended before its first checkpoint
     if cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE and not starts_anew:
         fix = "leave it out, or start a new run from the averages: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt", cfg.ckpt, "a run that goes on needs the weights that its optimizer moves", fix)
+        raise ConfigError("ckpt", cfg.ckpt, "a resumed run needs the weights that its optimizer trains", fix)
     if cfg.get("ckpt_weights_only") and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
+        raise ConfigError("ckpt_weights_only", True, "a resumed run needs the whole state of its checkpoint", fix)
     if cfg.get("ckpt_head", FILE_HEAD) == NEW_HEAD and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt_head", NEW_HEAD, "a run that goes on needs the whole state of its checkpoint", fix)
+        raise ConfigError("ckpt_head", NEW_HEAD, "a resumed run needs the whole state of its checkpoint", fix)
     stored = run.config()
     changes = resume_changes.changes(stored, cfg)
     resume_changes.refuse_another_experiment(changes, stored, cfg, run)
@@ -171,7 +171,9 @@ def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
     print(f"{run.path} is finished; nothing to do")
     if changes:
         keys = ", ".join(change.key for change in changes)
-        _logger.info(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
+        _logger.info(
+            f"no training step is left, so that these keys have no effect: {keys}; measure with analyze.py run={run.path}"
+        )
 
 
 def check_choice_of_weights(cfg: DictConfig) -> None:
@@ -231,8 +233,8 @@ def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> Mapping[str
         raise ConfigError("trainer.max_epochs", cfg.trainer.get("max_epochs"), reason, fix)
     if owner is not None:
         _logger.info(
-            f"ckpt_path={path}: a new run goes on from step {n_steps} with the optimizer's state; {resumed}"
-            "ckpt_weights_only=true takes the weights alone"
+            f"ckpt_path={path}: a new run continues from step {n_steps} with the optimizer's state; {resumed}"
+            "ckpt_weights_only=true loads the weights only"
         )
     return content
 

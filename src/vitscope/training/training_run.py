@@ -115,7 +115,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
 def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     common_probe.apply_common_probe(cfg)
     for name in loading.drop_unchosen(cfg):
-        _logger.info(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
+        _logger.info(f"analysis.{name}: set by the experiment, but not chosen, and therefore left out")
     if is_resumed:  # the run's own limits have been lowered already, and those of this command are meant
         caps.apply_analysis_caps(cfg)
     else:

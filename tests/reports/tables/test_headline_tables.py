@@ -272,8 +272,8 @@ def test_fewer_than_three_seeds_print_values_and_no_interval(
     ("counts", "text"),
     [
         ([1, 1], "One seed a row: its values, no interval"),
-        ([2, 2], "2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
-        ([1, 2], "1 to 2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
+        ([2, 2], "2 seeds per row: their values, equal ones once; no interval below 3 seeds"),
+        ([1, 2], "1 to 2 seeds per row: their values, equal ones once; no interval below 3 seeds"),
         ([5, 5], "Means over seeds (5 a row), ± half of the 95% t-interval where they differ"),
         ([2, 5], "Means over seeds (2 to 5 a row), ± half of the 95% t-interval where they differ; fewer than 3 seeds: their "
                  "values, no interval"),
@@ -289,7 +289,7 @@ def test_the_caption_says_which_images_a_column_of_robustness_used(make_run: Cal
         make_run("vit", seed, measured={"corruption": corruption(0.3, card)}, trainer__limit_test_batches=1,
                  data__eval_batch_size=256)  # fmt: skip
     note = build(tmp_path).note
-    assert note.startswith("2 seeds a row: their values")
+    assert note.startswith("2 seeds per row: their values")
     assert (
         "Robust accuracy (mean over types and severities of corruption): on 16 test images, other ones for each seed where the "
         "split has more. accuracy, NLL, ECE: on at most 256 test images."

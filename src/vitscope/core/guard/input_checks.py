@@ -76,7 +76,7 @@ class InputChecks:
         if self.loss == "bce" and n_classes is None and self._highest[0] > 1:
             raise ValueError(
                 f"Expected targets 0 and 1 for one logit an image with loss='bce', received {self._highest[0]} in batch "
-                f"{self._highest[1]}: return one logit a class (B, K)."
+                f"{self._highest[1]}: return one logit per class (B, K)."
             )
         if self.n_classes is None and n_classes is not None:
             self.n_classes = n_classes

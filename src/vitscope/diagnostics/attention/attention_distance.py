@@ -38,11 +38,11 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         depths: (n_units,) from 0 to 1, among all units of the model.
         n_heads: (n_units,).
         n_keys: (n_units,) keys of a query, class tokens included.
-        distance: (n_units, n_heads) one array a unit: pixels.
+        distance: (n_units, n_heads) one array per unit: pixels.
         distance_half_width: (n_units, n_heads) likewise, half their t-intervals over images; NaN with fewer than 128 images.
-        entropy: (n_units, n_heads) one array a unit: nats, at most ln(n_keys).
+        entropy: (n_units, n_heads) one array per unit: nats, at most ln(n_keys).
         entropy_half_width: (n_units, n_heads) likewise.
-        off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
+        off_map: (n_units, n_heads) one array per unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or over windows that are not shifted, would give.
         n_images: images used.
         card: conditions of the measurement.

@@ -40,7 +40,7 @@ class AttentionMapsResult(
 ):
     """Maps of the first images, and means over all images of the probe; half widths belong to 95% t-intervals over images.
 
-    Arrays of layers are a tuple of one array a layer where these have different numbers of heads or positions. A network
+    Arrays of layers are a tuple of one array per layer where these have different numbers of heads or positions. A network
     without attention has no layers.
 
     Attributes:

@@ -87,7 +87,7 @@ def shape_bias(
         level: coverage of the interval, which is that of a share of independent decisions.
 
     Raises:
-        ValueError: textures that are missing or not one an image, no conflicting image, a level outside (0, 1), or another
+        ValueError: textures that are missing or not one per image, no conflicting image, a level outside (0, 1), or another
             loss than the cross entropy.
     """
     check_classes(probe, "shape_bias")
