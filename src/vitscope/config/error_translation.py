@@ -148,7 +148,7 @@ def _refused(error: BaseException) -> ConfigError:
     for cause in _chain(error):
         key = getattr(cause, "full_key", None)
         if key:
-            return ConfigError(key, None, first_line(cause), "correct the value")
+            return ConfigError(key, None, first_line(cause), "see --help for the values that it takes")
     if text.startswith("Ambiguous value for argument"):
         return ConfigError("config", None, text.rstrip("."), "quote the value, or add -m for one job a value")
     unread = any(isinstance(cause, OverrideParseException) for cause in _chain(error))
