@@ -1,4 +1,4 @@
-"""Weights & Biases: a write-only mirror of the journal and the results. The one file that imports ``wandb``.
+"""Weights & Biases: a write-only copy of the metrics log and the results. The one file that imports ``wandb``.
 
 Nothing here may stop a training: a server that is gone, a missing key or a dead background process cost a warning.
 """
@@ -56,7 +56,7 @@ class WandbMirror:
 
     @property
     def id(self) -> str | None:
-        """The run's id, by which a resumed run goes on as the same one."""
+        """The run's id, by which a resumed run continues the same one."""
         return self._fact("id")
 
     @property

@@ -1,4 +1,4 @@
-"""The published data sets as they lie on disk: CIFAR-10-C and CIFAR-100-C arrays, ImageNet-C folders."""
+"""The published data sets on disk: CIFAR-10-C and CIFAR-100-C arrays, ImageNet-C folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest eigenvalue as the optimizer feels it, against its limit of stability."""
+"""Largest eigenvalue of the preconditioned Hessian, beside the limit of stability of the optimizer."""
 
 from __future__ import annotations
 
