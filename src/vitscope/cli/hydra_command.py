@@ -79,9 +79,8 @@ def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None
             overrides = list(cfg.hydra.overrides.task)
             with flag_override(cfg, ["struct", "readonly"], False):
                 cfg.hydra.runtime.output_dir = os.path.abspath(cfg.hydra.run.dir)  # as Hydra's main does
-                HydraConfig.instance().set_config(
-                    cfg
-                )  # for ${hydra:...} and for Lightning, which starts the other ranks
+                # for ${hydra:...} and for Lightning, which starts the other ranks
+                HydraConfig.instance().set_config(cfg)
                 del cfg["hydra"]
             task(cfg, overrides)
             return

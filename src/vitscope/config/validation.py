@@ -217,8 +217,9 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
 @functools.cache
 def _bounded() -> set[str]:
     files = [_file("analysis", name) for name in loading.options("analysis")] + [_file("caps", "smoke")]
-    names = ([part for part in key.split(".") if not part.isdigit()] for file in files for key, _ in _leaves(file))
-    return {parts[-1] for parts in names}  # radii.0 is the first of a list named radii
+    keys = [key for file in files for key, _ in _leaves(file)]
+    # radii.0 is the first of a list named radii
+    return {[part for part in key.split(".") if not part.isdigit()][-1] for key in keys}
 
 
 def _file(group: str, name: str) -> dict[str, Any]:

@@ -64,6 +64,12 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     return [_estimate(states, level, mean.answers) for mean, states in zip(means, zip(*ranks))]
 
 
+def estimate_lists(lists: Sequence[Sequence[RunningMean]], level: float = 0.95) -> list[list[Estimate]]:
+    """Return the `estimates` of several lists of means, in lists of the same lengths; the ranks exchange all of them at once."""
+    remaining = iter(estimates([mean for means in lists for mean in means], level))
+    return [[next(remaining) for _ in means] for means in lists]
+
+
 def _estimate(states: Sequence[tuple[int, Any]], level: float, answers: bool) -> Estimate:
     shares = [sums for _, sums in states if sums is not None]
     if not shares:

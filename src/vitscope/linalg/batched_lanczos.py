@@ -82,9 +82,8 @@ class SideBySide:
         """
         sizes = [p.numel() for p in self.point.values()]
         columns = torch.stack(list(vectors)).split(sizes, dim=1)
-        tangents = {
-            name: part.reshape(-1, *p.shape) for (name, p), part in zip(self.point.items(), columns)
-        }  # (A, *shape)
+        # (A, numel) to (A, *shape) for each parameter
+        tangents = {name: part.reshape(-1, *p.shape) for (name, p), part in zip(self.point.items(), columns)}
         whole = len(which) == len(self.x)
         x, y = (self.x, self.y) if whole else (self.x[list(which)], self.y[list(which)])
         products = vmap(self._product)(tangents, x, y)

@@ -98,7 +98,7 @@ def build_trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: Diagnosti
             ConfigurationCheck(experiment_identity.config_hash(cfg)),
             EpochAccuracy(),
             *_configured_callbacks(cfg),
-            *([RichProgressBar() if is_terminal else PlainProgress()] if show_progress else []),
+            *_progress_callbacks(show_progress, is_terminal),
             diagnostics,
         ],
         plugins=[AtomicCheckpointIO()],
@@ -111,6 +111,12 @@ def build_trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: Diagnosti
     )
     lightning_internals.keep_signal_handlers(trainer)
     return trainer
+
+
+def _progress_callbacks(show_progress: bool, is_terminal: bool) -> list[Callback]:
+    if not show_progress:
+        return []
+    return [RichProgressBar()] if is_terminal else [PlainProgress()]
 
 
 def _configured_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -89,6 +89,12 @@ def tensors_of(inputs: Any) -> list[Tensor]:
     return [inputs] if isinstance(inputs, Tensor) else []
 
 
+def image_shapes(inputs: Inputs) -> str:
+    """Return the shape of one image of a batch in words, ``3 x 224 x 224``; one for each entry with one row an image."""
+    tensors = inputs.cut_tensors if isinstance(inputs, BatchInputs) else [inputs]
+    return ", ".join(" x ".join(map(str, t.shape[1:])) or "scalar" for t in tensors)
+
+
 def images_of(inputs: Inputs, measure: str) -> Tensor:
     """Return the images of a batch ``(B, C, H, W)``: its inputs themselves, or the one entry of that shape.
 

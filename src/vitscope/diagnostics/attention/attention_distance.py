@@ -16,7 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import estimates
+from vitscope.core.running_mean import estimate_lists
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._running_sums import Sums
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units
@@ -149,8 +149,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     """
     units = _attending_units(probe, units)
     sums = _read(probe, units)
-    means = estimates([mean for unit_means in sums.means for mean in unit_means])
-    distance, entropy, off_map = means[0::3], means[1::3], means[2::3]
+    distance, entropy, off_map = estimate_lists(sums.means)
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
     read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:

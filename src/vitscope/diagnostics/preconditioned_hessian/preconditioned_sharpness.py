@@ -28,7 +28,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import PositiveInt, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def preconditioned_sharpness(
     *,
     optimizer: Optimizer | None = None,
     lr: float | None = None,
-    beta1: float | None = None,
+    beta1: ShareBelowOne | None = None,
     preconditioner: Literal["auto", "adamw", "identity"] = "auto",
     k: PositiveInt = 1,
     **curvature: Unpack[SearchArguments],

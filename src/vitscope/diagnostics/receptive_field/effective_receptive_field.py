@@ -19,6 +19,7 @@ from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, Work
 from vitscope.core.losses.requirements import check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
@@ -168,15 +169,26 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     )  # fmt: skip
 
 
+def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
+    check_level(level)
+    if contribution not in CONTRIBUTIONS:
+        raise ValueError(f"Expected contribution to be one of {', '.join(CONTRIBUTIONS)}, received {contribution!r}.")
+    if center not in CENTERS:
+        raise ValueError(f"Expected center to be one of {', '.join(CENTERS)}, received {center!r}.")
+    if any(not 0 < share < 1 for share in area_shares):
+        raise ValueError(f"Expected area_shares in (0, 1), received {list(area_shares)}; pass area_shares=[0.5].")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def effective_receptive_field(
     probe: Probe,
     *,
     taps: str | Sequence[str] = "stages",
     contribution: Contribution = "squared",
     center: Center = "mass",
-    area_shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99),
+    area_shares: Sequence[OpenUnitInterval] = (0.2, 0.3, 0.5, 0.99),
     initial: UntrainedModel | None = None,
     level: OpenUnitInterval = 0.95,
 ) -> EffectiveReceptiveFieldResult:
@@ -212,7 +224,6 @@ def effective_receptive_field(
         ValueError: no tap, an unknown one, a share outside of (0, 1), an unknown contribution or center, images of several
             sizes, batches of more than images, or an initial model of another architecture.
     """
-    _check(contribution, center, area_shares, level)
     check_images(probe, "effective_receptive_field")
     probe.check_taps()
     read_taps = chosen_taps(probe.taps, taps)
@@ -243,16 +254,6 @@ def _warn_of_cancellation(taps: Sequence[Tap], trained: FieldsOfTaps, before: Fi
             "that the field is that of a small rest; pass contribution=channels",
             stacklevel=3,
         )
-
-
-def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
-    check_level(level)
-    if contribution not in CONTRIBUTIONS:
-        raise ValueError(f"Expected contribution to be one of {', '.join(CONTRIBUTIONS)}, received {contribution!r}.")
-    if center not in CENTERS:
-        raise ValueError(f"Expected center to be one of {', '.join(CENTERS)}, received {center!r}.")
-    if any(not 0 < share < 1 for share in area_shares):
-        raise ValueError(f"Expected area_shares in (0, 1), received {list(area_shares)}; pass area_shares=[0.5].")
 
 
 def _initial_probe(probe: Probe, initial: nn.Module, taps: Sequence[Tap]) -> tuple[Probe, list[Tap]]:

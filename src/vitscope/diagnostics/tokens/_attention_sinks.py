@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.diagnostics.tokens._token_statistics import KeptRows, gathered_rows
 from vitscope.diagnostics.tokens._token_tables import stacked
 from vitscope.models.structure.attention_units import AttentionUnit
@@ -80,8 +80,9 @@ def sink_fields(
         n_prefix: number of prefix tokens of the model.
         level: coverage of the intervals.
     """
-    means = estimates([mean for unit in sinks for mean in (unit.prefix, unit.largest, unit.on_prefix)], level)
-    prefix, largest, on_prefix = means[0::3], means[1::3], means[2::3]
+    prefix, largest, on_prefix = estimate_lists(
+        [[unit.prefix for unit in sinks], [unit.largest for unit in sinks], [unit.on_prefix for unit in sinks]], level
+    )
     kept_rows = gathered_rows([unit.patch for unit in sinks])
     received = tuple(np.zeros((0, 0), np.float32) if rows is None else rows for rows in kept_rows)
     on_prefix_tokens = np.full((len(sinks), n_prefix), np.nan)

@@ -17,7 +17,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._attention_collapse import AttentionCollapse, comparable_groups, layer_cosines
@@ -191,12 +191,17 @@ class _Sums:
 
 def _result(sums: _Sums) -> OversmoothingResult:
     probe, units = sums.probe, sums.attention_units
-    n_taps = len(probe.taps)
-    by_unit = [mean for unit in sums.attention for mean in (unit.head_nmi, unit.nmi, unit.head_similarity)]
-    means = estimates([*sums.cosines, *sums.residuals, sums.layers, *by_unit], sums.level)
-    cosine, residual, layers = means[:n_taps], means[n_taps : 2 * n_taps], means[2 * n_taps]
-    of_units = means[2 * n_taps + 1 :]
-    of_heads, nmi, pairs = of_units[0::3], of_units[1::3], of_units[2::3]
+    cosine, residual, (layers,), of_heads, nmi, pairs = estimate_lists(
+        [
+            sums.cosines,
+            sums.residuals,
+            [sums.layers],
+            [unit.head_nmi for unit in sums.attention],
+            [unit.nmi for unit in sums.attention],
+            [unit.head_similarity for unit in sums.attention],
+        ],
+        sums.level,
+    )
     sizes: dict[int, tuple[int, int]] = {}
     for share in distributed.gather_objects(sums.sizes):
         sizes |= share
@@ -206,7 +211,7 @@ def _result(sums: _Sums) -> OversmoothingResult:
     warn_nulls("oversmoothing", few_images(n_images))
     return OversmoothingResult(
         **tap_fields(probe.taps),
-        map_sizes=np.array([sizes.get(index, (0, 0)) for index in range(n_taps)]),
+        map_sizes=np.array([sizes.get(index, (0, 0)) for index in range(len(probe.taps))]),
         cosine=numbers(cosine, "mean"),
         cosine_half_width=numbers(cosine, "half_width"),
         rank1_residual=numbers(residual, "mean"),

@@ -119,11 +119,8 @@ def load_weights(
     _check_values(state, network_state, path, class_count_source)
     try:
         incompatible_keys = network.load_state_dict(state, strict=False)
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-    ) as error:  # tensors that do not go into weights, or a hook that misses its own
+    except (RuntimeError, KeyError, TypeError) as error:
+        # tensors that do not go into weights, or a hook that misses its own
         reason = " ".join(str(error).partition(":\n")[2].split())[:300] or first_line(error)  # after torch's headline
         raise CheckpointError("ckpt_path", path, reason.rstrip("."), "use the model it was made with") from None
     _check_keys(incompatible_keys.missing_keys, incompatible_keys.unexpected_keys, path)
