@@ -210,7 +210,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
-            then = "trying offline" if attempt != "offline" else "going on without it; metrics.jsonl has every row"
+            then = "trying offline" if attempt != "offline" else "continuing without it; metrics.jsonl has every row"
             _logger.info(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return WandbMirror()
 

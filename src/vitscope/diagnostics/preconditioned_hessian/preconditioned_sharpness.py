@@ -246,7 +246,7 @@ def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float |
         formula = (
             "2 (1 + m) / lr"
             if is_stated
-            else "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)"
+            else "unknown: no optimizer was given (optimizer=, or lr= and SGD's momentum as beta1=)"
         )
         return _Plan(
             "identity",

@@ -251,7 +251,7 @@ def _warn_of_cancellation(taps: Sequence[Tap], trained: FieldsOfTaps, before: Fi
     if names:
         warnings.warn(
             f"effective_receptive_field: the gradients of the channels cancel at {', '.join(names)}, as after a LayerNorm, so "
-            "that the field is that of a small rest; pass contribution=channels",
+            "that the field shows only a small remainder; pass contribution=channels",
             stacklevel=3,
         )
 
