@@ -1,4 +1,4 @@
-"""``make doctor``: what works on this machine, seen by trying it."""
+"""``make doctor``: test what works on this machine."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ SUPPLIED_TO_TRAINER = (
 
 #: options of the Trainer that switch off the journal or train on other images than the configuration says
 REFUSED_OF_TRAINER = {
-    "fast_dev_run": "it switches the journal and checkpoints off; use caps=smoke",
-    "barebones": "it switches the journal and checkpoints off; use caps=smoke",
+    "fast_dev_run": "it switches the metrics log and checkpoints off; use caps=smoke",
+    "barebones": "it switches the metrics log and checkpoints off; use caps=smoke",
     "overfit_batches": "it replaces the loaders; use data.fraction or trainer.limit_train_batches",
     "reload_dataloaders_every_n_epochs": "a resumed run would not repeat it; leave it out",
 }
@@ -273,7 +273,7 @@ def check_schedule_length(cfg: Mapping[str, Any]) -> None:
     has_length = any(trainer.get(key) not in (None, -1) for key in ("max_epochs", "max_steps"))
     kind = (optimizer.get("schedule") or {}).get("kind", "cosine")
     if kind == "cosine" and trainer.get("max_time") is not None and not has_length:
-        reason = "a cosine ends with the last step, and trainer.max_time alone does not tell which that is"
+        reason = "a cosine schedule needs the number of steps, which trainer.max_time alone does not give"
         fix = "set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
         raise ConfigError("optimizer.schedule.kind", kind, reason, fix)
 

@@ -1,4 +1,4 @@
-"""Lanczos with full reorthogonalisation and thick restart.
+"""Lanczos with full reorthogonalization and thick restart.
 
 Each step makes one product, orthogonalises it against the whole basis and extends the projection T = Q^T H Q. A Ritz pair
 (theta, Q s) has residual r = |H Q s - theta Q s| = beta |s_last|, at no further product. When the basis is full the best Ritz

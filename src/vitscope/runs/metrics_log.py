@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line a log call, appended and flushed at once; the truth that every table reads.
+"""`metrics.jsonl`: one line per log call, appended and flushed at once; the authoritative log, which every table reads.
 
 Weights & Biases is a mirror that may lose rows; this file may not.
 """

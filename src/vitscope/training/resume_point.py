@@ -188,14 +188,14 @@ def check_choice_of_weights(cfg: DictConfig) -> None:
             "ckpt_head", head, f"neither {FILE_HEAD} nor {NEW_HEAD}", f"set ckpt_head={NEW_HEAD}, or leave it out"
         )
     if head == NEW_HEAD and cfg.ckpt_path in (None, "last", "auto"):
-        reason = "leaves out the classifier of the file that ckpt_path names, and it names none"
+        reason = "replaces the classifier of the file in ckpt_path, but ckpt_path names no file"
         raise ConfigError("ckpt_head", head, reason, "set ckpt_path=<file>, or leave it out")
     chosen_weights = cfg.get("ckpt", LATEST)
     if chosen_weights not in (LATEST, checkpoint_weights.AVERAGE):
         fix = f"choose {LATEST} or {checkpoint_weights.AVERAGE}; run=<folder> ckpt_path=last resumes a run"
         raise ConfigError("ckpt", chosen_weights, "no weights of a file that a training starts from", fix)
     if chosen_weights == checkpoint_weights.AVERAGE and cfg.ckpt_path in (None, "last", "auto"):
-        reason = "takes the averages of the file that ckpt_path names, and it names none"
+        reason = "loads the averages of the file in ckpt_path, but ckpt_path names no file"
         raise ConfigError("ckpt", chosen_weights, reason, "set ckpt_path=<file>, or leave it out")
 
 
@@ -228,8 +228,8 @@ def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> Mapping[str
     owner, n_steps = run_dir.owner_of(path), checkpoint_content.completed_steps(content)
     resumed = f"run={owner.path} resumes that run itself, " if owner is not None else ""
     if not _is_below_limits(cfg, _progress_of(content, path)):
-        reason = f"no step is left to make: ckpt_path={path} holds a training of {n_steps} steps"
-        fix = f"give more; {resumed}ckpt_weights_only=true starts anew from its weights"
+        reason = f"no training step is left: ckpt_path={path} holds a training of {n_steps} steps"
+        fix = f"raise it; {resumed}ckpt_weights_only=true starts a new training from its weights"
         raise ConfigError("trainer.max_epochs", cfg.trainer.get("max_epochs"), reason, fix)
     if owner is not None:
         _logger.info(
@@ -294,7 +294,7 @@ def adopt_checkpoint(
     stored = checkpoint_content.facts(content, path)
     for key, value in identity.items():
         if key == "optimizer" and stored.get(key, value) != value:
-            reason = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
+            reason = "the values in the checkpoint (learning rate, weight decay, ...) would be used and these ignored"
             command = resume_changes.weights_command(run, path.absolute(), {})
             raise CheckpointError(
                 "optimizer", None, reason, f"leave it as it was, or start from the weights alone: {command}"

@@ -308,7 +308,7 @@ def _fit(cfg: DictConfig, parts: TrainingParts, fit_parts: FitParts, checkpoint:
     except BaseException as error:
         end_other_ranks(trainer)
         if checkpoint is not None and not fit_parts.diagnostics.started and _is_defect(error):  # it was being restored
-            reason = f"cannot be gone on from ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            reason = f"cannot be resumed ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
             fix = "use the model, optimizer and callbacks it was made with"
             raise CheckpointError("ckpt_path", checkpoint, reason, fix) from error
         raise

@@ -89,7 +89,7 @@ class InputChecks:
             if self.loss == "dense_cross_entropy" and highest == 255:
                 fix = f"mark pixels without a label by {IGNORED_LABEL}, y.masked_fill(y == 255, {IGNORED_LABEL})"
             raise ValueError(
-                f"Expected class indices from 0 to {self.n_classes - 1}, for the model gives {self.n_classes} logits, received "
+                f"Expected class indices from 0 to {self.n_classes - 1}, as the model has {self.n_classes} logits, received "
                 f"{highest} in batch {index}: {fix}."
             )
 

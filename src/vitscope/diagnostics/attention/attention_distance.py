@@ -210,7 +210,7 @@ def _reasons_unread(units: Sequence[Unit], read: Sequence[int], repeated: Collec
     reasons = {}
     for i, unit in enumerate(units):
         if i in repeated:
-            reasons[unit.name] = "its module computes attention several times an image, left out"
+            reasons[unit.name] = "its module computes attention several times per image, left out"
         elif i not in read:
             reasons[unit.name] = "its attention weights cannot be read, left out"
     return reasons
@@ -220,7 +220,7 @@ def _causes_of_none(units: Sequence[Unit], repeated: Collection[int]) -> str:
     """Return why no unit was read, as the end of an error; arguments as of `_reasons_unread`."""
     causes = ""
     if repeated:
-        causes += "; their modules compute attention several times an image"
+        causes += "; their modules compute attention several times per image"
     names = [unit.name for unit in units if unit.attention is None]
     if names:
         others = f" and {len(names) - 1} more units" if len(names) > 1 else ""

@@ -162,7 +162,7 @@ def attention_maps(
     class_index: NonNegativeInt | None = None,
     masks: Any = None,
 ) -> AttentionMapsResult:
-    """Return attention maps of the first images, and what they show on all images, from explicit attention weights.
+    """Return attention maps of the first images, and statistics over all images, from explicit attention weights.
 
     A map is the attention of one query on each position of the keys: windows are put back in place, shifted ones are unrolled,
     and keys of a coarser grid keep it. Rollout is the product over layers of ``0.5 A + 0.5 I``, A the mean over heads (Abnar and

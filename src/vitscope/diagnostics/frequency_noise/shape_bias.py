@@ -1,4 +1,4 @@
-"""Shape against texture on images that contradict themselves (Geirhos et al., ICLR 2019)."""
+"""Shape against texture on cue-conflict images (Geirhos et al., ICLR 2019)."""
 
 from __future__ import annotations
 

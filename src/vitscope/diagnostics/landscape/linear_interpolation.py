@@ -1,4 +1,4 @@
-"""The loss on the straight way between two sets of weights (Goodfellow et al., ICLR 2015)."""
+"""The loss on the straight line between two sets of weights (Goodfellow et al., ICLR 2015)."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def linear_interpolation(
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> LinearInterpolationResult:
-    """Measure a model on the straight way between two checkpoints, or between one and the model itself.
+    """Measure a model on the straight line between two checkpoints, or between one and the model itself.
 
     All parameters and floating-point buffers are interpolated, so that at both ends the network is exactly the one that was
     saved. Everything is back bit for bit afterwards.

@@ -1,4 +1,4 @@
-"""The largest eigenvalue as the optimizer feels it, against its limit of stability."""
+"""Largest eigenvalue of the preconditioned Hessian, beside the limit of stability of the optimizer."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float |
             "received None: measure a checkpoint that holds the optimizer's state, or use preconditioner='identity'."
         )
     if preconditioner == "identity" or scale is None:
-        plan = _Plan("identity", "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)")
+        plan = _Plan("identity", "unknown: no optimizer was given (optimizer=, or lr= and SGD's momentum as beta1=)")
         if beta1 is not None:
             plan = replace(plan, beta1=beta1)
         if lr is not None and beta1 is not None:

@@ -131,7 +131,7 @@ def accumulate(
 def oversmoothing(
     probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: OpenUnitInterval = 0.95
 ) -> OversmoothingResult:
-    """Measure how alike the tokens of an image become with depth, in one forward pass per batch.
+    """Measure how similar the tokens of an image become with depth, in one forward pass per batch.
 
     Tokens X, one per row, are patch tokens or the positions of a map, without class and register tokens. The rank-1 residual is
     ``|X - 1 m'| / |X|`` with the mean token m. Dong et al. (2021) use the composite norm ``sqrt(|X|_1 |X|_inf)``, of which the

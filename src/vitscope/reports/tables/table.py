@@ -138,12 +138,12 @@ def seeds_text(counts: Sequence[int], has_few: bool = False) -> str:
     """
     fewest, most = min(counts), max(counts)
     if most == 1:
-        return "One seed a row: its values, no interval"
+        return "One seed per row: values without interval"
     if most < LEAST_SEEDS:
         n_seeds = f"{most} seeds per row" if fewest == most else f"{fewest} to {most} seeds per row"
         return f"{n_seeds}: their values, equal ones once; no interval below {LEAST_SEEDS} seeds"
     n_seeds = str(most) if fewest == most else f"{fewest} to {most}"
-    text = f"Means over seeds ({n_seeds} a row), ± half of the 95% t-interval where they differ"
+    text = f"Means over seeds ({n_seeds} per row), ± half of the 95% t-interval where they differ"
     return (
         text
         if fewest >= LEAST_SEEDS and not has_few
