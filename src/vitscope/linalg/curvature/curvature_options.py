@@ -10,7 +10,7 @@ from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args, get_ty
 
 import torch
 
-from vitscope.core.option_checks import checks_options
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.linalg.basis_memory import Placement, check_placement
 from vitscope.linalg.curvature.curvature_operator import OperatorKind, ProductKind, check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
@@ -159,7 +159,7 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
     Without names, the function takes the fields of the typed dictionary of ``**curvature``, which editors complete as well. The
     signature and the annotations of the function list the fields in place of ``curvature``, with their types and defaults, so
     that `help`, configurations and result cards see ordinary keyword arguments. The values are checked as `CurvatureOptions`
-    does (`vitscope.core.option_checks`).
+    does (`vitscope.core.checks.option_checks`).
 
     Args:
         names: The fields that the function takes where no typed dictionary has just these.
