@@ -110,7 +110,7 @@ def test_errors_are_one_kind() -> None:
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("trainer.precision=16-mixed", "two passes"),
+        ("trainer.precision=16-mixed", "gradient scaling"),
         ("trainer.precision=16-true", "rounding of half-precision"),
         ("trainer.precision=bf16-true", "rounding of half-precision"),
     ],
