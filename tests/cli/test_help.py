@@ -66,11 +66,13 @@ def test_an_experiment_states_what_it_sets_on_lines_of_its_own(help_of: Help) ->
     assert {line.split()[0] for line in lines} >= {"Claim:", "Command:", "Cost:", "Expected"}
 
 
-@pytest.mark.parametrize("group", ["analysis", "data", "experiment", "logger"])
+@pytest.mark.parametrize(
+    "group", ["analysis", "callbacks", "data", "experiment", "logger", "objective", "optimizer", "trainer"]
+)
 def test_a_group_lists_its_choices_one_by_one(help_of: Help, group: str) -> None:
     text = help_of("train", group, "--help")
     for option in loading.options(group):
-        assert re.search(rf"^  ({group}=)?{option}\s+\S", text, re.MULTILINE), option
+        assert re.search(rf"^  ({group}=)?{option}( +|\n {{8,}})\S", text, re.MULTILINE), option
 
 
 @pytest.mark.parametrize("columns", [80, 120])
