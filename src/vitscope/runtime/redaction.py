@@ -133,17 +133,18 @@ def cleaned(text: str) -> str:
     return masked(_without_pairs(_BY_FORM.sub(REDACTED, text), _ANY_PAIR, key if equals else ""))
 
 
+def _clean_mapping(mapping: Mapping[Any, Any], above: str) -> dict[Any, Any]:
+    named = _named_value(mapping)
+    clean = {}
+    for key, item in mapping.items():
+        is_hidden = (key == named or _is_secret_below(above, key, item)) and _tells(item)
+        clean[masked(key) if isinstance(key, str) else key] = REDACTED if is_hidden else _clean(item, str(key))
+    return clean
+
+
 def _clean(value: Any, above: str = "") -> Any:
     if isinstance(value, Mapping):
-        named = _named_value(value)
-        return {
-            (masked(key) if isinstance(key, str) else key): (
-                REDACTED
-                if (key == named or _is_secret_below(above, key, item)) and _tells(item)
-                else _clean(item, str(key))
-            )
-            for key, item in value.items()
-        }
+        return _clean_mapping(value, above)
     if isinstance(value, list | tuple):
         items = [REDACTED if hidden else _clean(item, above) for item, hidden in zip(value, _follow_names(value))]
         return tuple(items) if type(value) is tuple else items

@@ -18,7 +18,13 @@ from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimate_lists
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.attention._map_options import check_choices, chosen_heads, chosen_layers, object_masks
+from vitscope.diagnostics.attention._map_options import (
+    MapOptions,
+    check_choices,
+    chosen_heads,
+    chosen_layers,
+    object_masks,
+)
 from vitscope.diagnostics.attention._map_sums import MapSums
 from vitscope.diagnostics.attention._placement import Query, check_query, resolved_query
 from vitscope.diagnostics.attention._rollout import rollout_refusal
@@ -129,7 +135,7 @@ def accumulate(
     class_index: NonNegativeInt | None = None,
 ) -> _Sums:
     """Return what `attention_maps` keeps between batches; arguments and errors are its own."""
-    return _Sums(probe, images, query, layers, heads, mass, gradient, class_index, None)
+    return _Sums(probe, MapOptions(images, query, layers, heads, mass, gradient, class_index))
 
 
 def _shown_images(workload: Workload, options: Options) -> int:
@@ -186,7 +192,7 @@ def attention_maps(
         ValueError: residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
             outside of the image, a class that the model does not have, or masks of other images.
     """
-    sums = _Sums(probe, images, query, layers, heads, mass, gradient, class_index, masks)
+    sums = _Sums(probe, MapOptions(images, query, layers, heads, mass, gradient, class_index), masks)
     run_feature_pass(probe, [sums], "attention maps")
     return sums.result()
 
@@ -196,31 +202,21 @@ class _Sums(MapSums):
 
     reads_maps = False
 
-    def __init__(
-        self,
-        probe: Probe,
-        images: int,
-        query: Query,
-        layers: Sequence[int | str] | None,
-        heads: Sequence[int] | None,
-        mass: float,
-        gradient: bool,
-        class_index: int | None,
-        masks: Any,
-    ) -> None:
-        self.probe, self.gradient, self.class_index = probe, gradient, class_index
+    def __init__(self, probe: Probe, options: MapOptions, masks: Any = None) -> None:
+        self.probe, self.gradient, self.class_index = probe, options.gradient, options.class_index
         units, self.unread = attention_units_of(probe)
         self.attention_units: Sequence[AttentionUnit] = units
-        places = chosen_layers(units, layers)
         self.refusal = rollout_refusal(units, self.unread)
+        places = chosen_layers(units, options.layers)
+        layers = [units[place] for place in places]
         super().__init__(
             units,
             places,
-            chosen_heads([units[i] for i in places], heads),
-            query=resolved_query(probe.model, [units[i] for i in places], query),
-            mass=mass,
-            n_shown=images,
-            follows=images > 0 and not self.refusal,
+            chosen_heads(layers, options.heads),
+            query=resolved_query(probe.model, layers, options.query),
+            mass=options.mass,
+            n_shown=options.images,
+            follows=options.images > 0 and not self.refusal,
             masks=object_masks(probe, masks),
             batch_size=probe.batch_size,
         )

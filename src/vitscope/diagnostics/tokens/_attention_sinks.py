@@ -40,10 +40,10 @@ class AttentionSinks:
     def add(self, weights: Tensor) -> None:
         """Add a batch's weights ``(B * n_windows, heads, queries, keys)``."""
         received = self._received(weights).flatten(1)  # (B, n_windows * keys)
-        at = (self._cells >= 0).nonzero()[:, 0].to(weights.device)
-        cells = self._cells.to(weights.device)[at]
+        columns = (self._cells >= 0).nonzero()[:, 0].to(weights.device)
+        cells = self._cells.to(weights.device)[columns]
         n_cells = self.unit.key_grid[0] * self.unit.key_grid[1]
-        patch = received.new_zeros(len(received), n_cells).index_add_(1, cells, received[:, at])
+        patch = received.new_zeros(len(received), n_cells).index_add_(1, cells, received[:, columns])
         patch /= torch.bincount(cells, minlength=n_cells).clamp_min(1)  # a position may lie in several windows
         self.patch.add(patch)
         largest = patch.amax(1)

@@ -185,18 +185,19 @@ def _check_values(
     shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
     differing = [name for name, value in shared.items() if getattr(state[name], "shape", None) != value.shape]
     if differing:
-        named = [
+        texts = [
             f"{name} has shape {tuple(state[name].shape)} in the checkpoint, the model needs {tuple(shared[name].shape)}"
             for name in differing[:2]
         ]
-        more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
+        reason = "; ".join(texts) + (f" (and {len(differing) - 2} more)" if len(differing) > 2 else "")
         classes = state_dicts.class_counts(network_state, state)
-        source = f" ({class_count_source})" if class_count_source else ""
-        counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}" if classes else ""
         if not classes and state_dicts.differs_in_positions(network_state, state):
-            reason = "; ".join(named) + more + ": it was made for another number of positions"
+            reason += ": it was made for another number of positions"
             raise CheckpointError("ckpt_path", path, reason, _OF_THE_IMAGES)
-        raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
+        if classes:
+            source = f" ({class_count_source})" if class_count_source else ""
+            reason += f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}"
+        raise CheckpointError("ckpt_path", path, reason, _OF_THE_MODEL)
     for name, value in shared.items():
         is_integer = not state[name].is_floating_point() and not state[name].is_complex()
         if (state[name].is_complex() and not value.is_complex()) or (is_integer and value.is_floating_point()):
