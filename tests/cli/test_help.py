@@ -53,7 +53,7 @@ def test_a_choice_shows_its_own_keys(help_of: Help) -> None:
     text = help_of("train", "data=folder", "data.root=mine", "--help", columns=120)
     assert text.startswith("data=folder: Any images in <root>/train/<class>/")
     assert re.search(r"data\.root=mine +where files are", text)
-    assert re.search(r"data\.source\.val_share=0\.1 +of each training class", text)
+    assert re.search(r"data\.source\.val_share=0\.1 +share of each training class", text)
     assert "model." not in text
     assert "analysis.cka.probe.n_images=2048" in help_of("analyze", "+analysis=cka", "--help")
     assert "logger.csv.flush_logs_every_n_steps=100" in help_of("train", "logger=[wandb,csv]", "--help")
@@ -134,4 +134,5 @@ def test_descriptions_of_arguments_are_read_from_the_source() -> None:
     spectrum = argument_descriptions("vitscope.hessian_max_eigenvalue_spectrum")
     assert spectrum["n_top"]
     assert spectrum["budget_s"].endswith("None for all batches"), "an entry of several lines"
+    assert "**options" not in argument_descriptions("vitscope.models.timm_model")["grad_checkpointing"]
     assert argument_descriptions("torch.optim.AdamW") == {}
