@@ -127,7 +127,7 @@ def nep_stability(
         ks: numbers of eigenvalues.
         batch_sizes: multiples of the probe's batch size that do not exceed its images; others are left out.
         tols: relative errors at which to stop.
-        mixup: whether to add that setting.
+        mixup: whether to measure with mixup too.
         k: eigenvalues where k is not what varies (``n_top`` is accepted too).
         partial: rows already done.
         curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
