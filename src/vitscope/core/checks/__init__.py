@@ -1,1 +1,1 @@
-"""Checks of what derivatives and parts of a batch take for granted."""
+"""Checks of options, of what derivatives and parts of a batch take for granted, and of unlikely inputs."""
