@@ -63,6 +63,27 @@ def test_a_model_tried_in_one_recipe_is_no_candidate_beside_one_tried_in_two(
     assert found.blocked == ""
 
 
+@pytest.mark.parametrize(
+    ("val", "lrs", "difference", "blocked"),
+    [
+        (0.3, (0.1,), 0.5 - 0.3, ""),
+        (0.6, (0.1,), 0.5 - 0.6, "not each at its best recipe: 2 and 1 tried"),
+        (0.6, (0.1, 0.2), 0.5 - 0.6, ""),
+    ],
+)
+def test_an_alternet_with_convolutions_alone_is_a_convnet_whose_advantage_counts_with_one_recipe(
+    val: float, lrs: tuple[float, ...], difference: float, blocked: str, accuracies: Callable, tmp_path: Path
+) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr)
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr)
+    for lr in lrs:
+        accuracies("alternet", lr, val + 0.1 - lr, val + 0.1 - lr, model__mixer="conv")
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: difference}, rel=1e-12)
+    assert (found.blocked, found.decides_nothing) == (blocked, bool(blocked))
+
+
 def test_a_shorter_training_is_no_recipe_and_is_compared_with_none(accuracies: Callable, tmp_path: Path) -> None:
     accuracies("alternet", 0.1, 0.6, 0.6)
     accuracies("alternet", 0.1, 0.7, 0.7, trainer__max_epochs=1)

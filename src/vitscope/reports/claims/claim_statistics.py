@@ -23,7 +23,7 @@ from vitscope.reports.claims.effect_sizes import (
     paired_difference,
     plainest,
 )
-from vitscope.reports.claims.matched_controls import has_attention, train_nll
+from vitscope.reports.claims.matched_controls import has_attention, train_nll, without_attention
 from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.headline_columns import SPECTRUM
 from vitscope.runtime.errors import StorageError
@@ -229,11 +229,15 @@ def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read
 
     A recipe is everything else of a training: objective, optimizer, batch size. Candidates are the models that were trained
     in two recipes or more, each in every recipe, among those that have what is compared. Where a side has no such model, it
-    is not known to be at its best, and the effect is blocked. See `_best_by_validation` for the choice.
+    is not known to be at its best, and the effect is blocked. See `_best_by_validation` for the choice. Among ConvNets are
+    AlterNets with convolutions in the place of attention.
     """
 
+    def is_rival(entry: Entry) -> bool:
+        return entry.kin in families or ("convnet" in families and without_attention(entry))
+
     def keep(entry: Entry) -> bool:
-        return (has_attention(entry) or entry.kin in families) and read(entry) is not None
+        return (has_attention(entry) or is_rival(entry)) and read(entry) is not None
 
     groups = report_runs.groups(keep)
     of_recipes = {
@@ -242,7 +246,7 @@ def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read
     effects = []
     for same_setting in by_setting(groups, (*of_recipes, "data.batch_size")).values():
         alternets = [g for g in same_setting if has_attention(lowest_seed_run(g))]
-        rivals = [g for g in same_setting if lowest_seed_run(g).kin in families]
+        rivals = [g for g in same_setting if is_rival(lowest_seed_run(g))]
         if alternets and rivals:
             effects.append(_difference_of_best(report_runs, alternets, rivals, read))
     best = max(effects, key=lambda effect: (not effect.blocked, len(effect.values)), default=Effect())
@@ -256,23 +260,31 @@ def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read
 def _difference_of_best(
     report_runs: ReportRuns, alternets: Sequence[Runs], rivals: Sequence[Runs], read: Reader
 ) -> Effect:
-    """Return the best AlterNet minus the best rival; blocked where a side has no model that was tried in two recipes."""
-    best, n_recipes, left_out = [], [], []
-    for side in (alternets, rivals):
-        least_recipes, candidates = _most_tried(side)
-        best_of_side, without_shared_seeds = _best_by_validation(report_runs, candidates)
-        best.append(best_of_side)
-        n_recipes.append(least_recipes)
-        left_out += without_shared_seeds
-    caveat = f"not each at its best recipe: {n_recipes[0]} and {n_recipes[1]} tried" if min(n_recipes) < 2 else ""
-    best_alternet, best_rival = best
-    compared = f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}"
+    """Return the best AlterNet minus the best rival; blocked where a side has no model that was tried in two recipes.
+
+    So it is where a rival of one recipe is better than those of two: other recipes can only make it better still.
+    """
+    n_of_alternet, candidates = _most_tried(alternets)
+    best_alternet, left_out = _best_by_validation(report_runs, candidates)
+    n_of_rival, candidates = _most_tried(rivals)
+    best_candidate, left_out_rivals = _best_by_validation(report_runs, candidates)
+    accuracy = report_runs.metric("val/accuracy")
+    better_rivals = [
+        runs
+        for runs in rivals
+        if not any(runs is candidate for candidate in candidates)
+        and sum(paired_difference(runs, best_candidate, accuracy).values()) > 0
+    ]
+    if better_rivals:
+        n_of_rival = 1
+    best_rival = _best_by_validation(report_runs, better_rivals)[0] if better_rivals else best_candidate
+    few_recipes = min(n_of_alternet, n_of_rival) < 2
     return Effect(
         paired_difference(best_alternet, best_rival, read),
-        compared,
-        blocked=caveat,
-        refused="; ".join(left_out),
-        decides_nothing=bool(caveat),
+        f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}",
+        blocked=f"not each at its best recipe: {n_of_alternet} and {n_of_rival} tried" if few_recipes else "",
+        refused="; ".join((*left_out, *left_out_rivals)),
+        decides_nothing=few_recipes,
     )
 
 
