@@ -91,7 +91,8 @@ def _data(quantity: str, fixed: str) -> ClaimStatistic:
             requirement="sharpness or slice on training images",
         )
 
-    return ClaimStatistic(f"slope of {quantity} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
+    unit = "nats per e-fold" if quantity == "training NLL" else "share per e-fold"
+    return ClaimStatistic(f"slope of {quantity} over ln(data fraction), fixed {fixed}", -1, effect, unit)
 
 
 def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> ClaimStatistic:
@@ -123,8 +124,8 @@ CLAIMS: tuple[Claim, ...] = (
         "trend of NEP over ViT → PiT → Swin → ResNet, and over local kernels 3 → 5 → global",
         "vit, pit, swin, convnet in one setting; convit with kernel_size 3, 5, global; hessian",
         (
-            ClaimStatistic("slope of NEP from weak to strong bias", -1, by.bias_trend, "per model"),
-            ClaimStatistic("slope of NEP from local to global", 1, by.kernel_trend, "per kernel"),
+            ClaimStatistic("slope of NEP from weak to strong bias", -1, by.bias_trend, "share per model"),
+            ClaimStatistic("slope of NEP from local to global", 1, by.kernel_trend, "share per kernel"),
         ),
     ),
     Claim(
