@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitscope.reports.claims import claim_statistics as by
+from vitscope.reports.claims.best_models import CNNS, VITS, best_model_difference
 from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.claims.matched_controls import flattening
 
@@ -99,7 +100,7 @@ def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> ClaimSt
     def effect(report_runs: ReportRuns) -> Effect:
         clean, robust = report_runs.metric("test/accuracy"), report_runs.scalar("corruption", "mean_accuracy")
         requirement = "corruption" if corrupted else "test accuracy"
-        return by.best_model_difference(report_runs, families, robust if corrupted else clean, requirement)
+        return best_model_difference(report_runs, families, robust if corrupted else clean, requirement)
 
     return ClaimStatistic(f"{'corrupted' if corrupted else 'test'} accuracy against {rival}", 1, effect, "share")
 
@@ -224,8 +225,8 @@ CLAIMS: tuple[Claim, ...] = (
         "test accuracy and accuracy on corrupted images, each model at its best recipe by validation accuracy",
         "alternet, convnet and vit, each at two or more recipes; corruption",
         (
-            _accuracy(by.CNNS, "the best ConvNet", False), _accuracy(("vit",), "the best ViT", False),
-            _accuracy(by.CNNS, "the best ConvNet", True), _accuracy(("vit",), "the best ViT", True),
+            _accuracy(CNNS, "the best ConvNet", False), _accuracy(VITS, "the best ViT", False),
+            _accuracy(CNNS, "the best ConvNet", True), _accuracy(VITS, "the best ViT", True),
         ),
     ),
 )  # fmt: skip
