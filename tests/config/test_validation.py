@@ -110,7 +110,7 @@ def test_errors_are_one_kind() -> None:
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("trainer.precision=16-mixed", "two passes"),
+        ("trainer.precision=16-mixed", "gradient scaling"),
         ("trainer.precision=16-true", "rounding of half-precision"),
         ("trainer.precision=bf16-true", "rounding of half-precision"),
     ],
@@ -201,8 +201,8 @@ def test_a_cosine_without_an_end_is_refused(overrides: list[str], is_refused: bo
     with pytest.raises(ConfigError) as caught:
         cross_checks.check_schedule_length(cfg)
     assert str(caught.value) == (
-        "optimizer.schedule.kind=cosine: a cosine ends with the last step, and trainer.max_time alone does not tell which that "
-        "is; set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
+        "optimizer.schedule.kind=cosine: a cosine schedule needs the number of steps, which trainer.max_time alone does not "
+        "give; set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
     )
 
 

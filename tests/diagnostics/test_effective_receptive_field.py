@@ -16,7 +16,7 @@ import vitscope as vs
 from tests.fixtures.oracles.receptive_fields import images, oracle, probe_of
 from vitscope.core.undefined_values import NullWarning
 from vitscope.diagnostics.receptive_field._extents import area_ratios, distances, image_groups, radii
-from vitscope.diagnostics.receptive_field._gradients import _extents, _Sums
+from vitscope.diagnostics.receptive_field._gradients import _fields_of_taps, _Sums
 from vitscope.stats.jackknife import jackknife_half_width
 
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")
@@ -155,7 +155,7 @@ def test_intervals_know_of_the_center_that_other_images_would_have() -> None:
         sums = _Sums([vs.Tap("blob", "conv", 1, 1.0, nn.Identity())], "squared")
         sums.image_size, sums.map_sizes, sums.n_images = (24, 24), {0: (6, 6)}, len(fields)
         sums.sums[0].add(torch.from_numpy(fields), image_groups(0, len(fields)))
-        extents = _extents(sums.taps, sums, "mass", np.array([0.5]), "float64")
+        extents = _fields_of_taps(sums.taps, sums, "mass", np.array([0.5]), "float64")
         return extents.radius[0], jackknife_half_width(extents.radius_without, 0.95)[0]
 
     rng = np.random.default_rng(0)
@@ -174,7 +174,7 @@ def test_each_tap_costs_one_backward_pass_a_batch(monkeypatch: pytest.MonkeyPatc
     vs.effective_receptive_field(probe_of(small_vit(), images(6, 16), batch=3), taps=["blocks.0.mlp", "blocks.1.mlp"])
     assert (
         len(calls) == 2 * 2 + 2
-    )  # two batches, two taps; of the first batch another one a tap, which tells whether channels cancel
+    )  # two batches, two taps; of the first batch another one per tap, which tells whether channels cancel
 
 
 def test_a_map_without_gradient_is_null() -> None:

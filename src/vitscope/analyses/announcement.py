@@ -130,27 +130,32 @@ def announce_image_cache(cfg: DictConfig, analyses: Sequence[Analysis], data: An
 
 def _images(cfg: DictConfig, analysis: Analysis, data: Any, count: Collection[str] | None) -> _Images:
     request = probe_request(analysis, data)
-    split, n_images, augment = request["split"], request["n_images"], request["augment"]
+    split, augment = request["split"], request["augment"]
     recipe: Mapping[Any, Any] = cfg.objective
     if isinstance(augment, str):
         recipe = factories.named_objective(augment)
         data = data.augmented_as(recipe)
     available = len(data.split(split)) if count is None or split in count else None
-    if available is not None:
-        n = available if n_images is None else min(n_images, available)
-        number = f"all {n}" if n == available else f"{n} of {available}"
-    else:
-        number = "all" if n_images is None else f"up to {n_images}"
+    number = _number_text(request["n_images"], available)
     is_mixed = request.get("mix")
     mixes = bool(data.mixes and augment) if is_mixed is None else bool(is_mixed)
     augmentation = str(data.describe(split, bool(augment))["augmentation"])
     words = "not augmented" if augmentation == "none" else f"augmented ({augmentation.partition(' + mixup')[0]})"
-    terms = [
-        f"{word} {float(recipe[key]):g}"
-        for key, word in _TERMS.items()
-        if recipe.get(key) and (augment if key == "label_smoothing" and not mixes else mixes)
-    ]
+    terms = []
+    for key, word in _TERMS.items():
+        # without mixing, targets are smoothed where the images are augmented as in the training
+        is_applied = bool(augment) if key == "label_smoothing" and not mixes else mixes
+        if recipe.get(key) and is_applied:
+            terms.append(f"{word} {float(recipe[key]):g}")
     return _Images(f"{number} {split} images of {data.name}, {words}", ", ".join(terms) or _no_terms())
+
+
+def _number_text(n_images: int | None, available: int | None) -> str:
+    """Return the number of images in words, ``available`` of which may be None where it is not known yet."""
+    if available is None:
+        return "all" if n_images is None else f"up to {n_images}"
+    n = available if n_images is None else min(n_images, available)
+    return f"all {n}" if n == available else f"{n} of {available}"
 
 
 def _no_terms() -> str:

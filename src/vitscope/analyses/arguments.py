@@ -60,6 +60,33 @@ def options(
     return supplied
 
 
+def input_sizes(
+    analysis: Analysis, cfg: DictConfig, network: nn.Module, data: Any, n_checkpoints: int
+) -> dict[str, int]:
+    """Return the sizes of the inputs that a measure would take from its run, by name.
+
+    Args:
+        analysis: The measure and its options.
+        cfg: Validated configuration.
+        network: Whose untrained counterpart may be an input.
+        data: Data module.
+        n_checkpoints: Number of the run's own checkpoints.
+    """
+    sizes = {}
+    for name, kind in run_inputs(analysis.measure).items():
+        value = analysis.options.get(name)
+        if kind is FromRun.TRAINING and value != CROSS_VALIDATION:
+            available, n_images = len(data.split("train")), (value or {}).get("n_images")
+            sizes[name] = available if n_images is None else min(available, int(n_images))
+        elif kind is FromRun.VALIDATION:
+            sizes[name] = len(data.split("val"))
+        elif kind is FromRun.CHECKPOINTS:
+            sizes[name] = n_checkpoints
+        elif kind is FromRun.UNTRAINED:
+            sizes[name] = int(untrained_model(cfg, network) is not None)
+    return sizes
+
+
 def _checkpoints(place: AnalysisContext) -> checkpoint_sequence.Snapshots:
     """Return the run's checkpoints that the first rank sees: another machine may not see yet what it has just written."""
     return checkpoint_sequence.Snapshots(gather_objects(checkpoint_sequence.of_run(place.run).files)[0])
@@ -154,7 +181,7 @@ def _model_before_training(analysis: Analysis, place: AnalysisContext) -> nn.Mod
     initial = untrained_model(_with_seed_of_run(place), place.network)
     if initial is None:
         _logger.info(
-            f"{analysis.name}: the model has the weights that it begins with, so that no change by training is measured"
+            f"{analysis.name}: these are the initial weights, so that there is no change by training to measure"
         )
     return initial
 

@@ -31,13 +31,11 @@ def previous(folder: Path, place: AnalysisContext, settings: str) -> Any | None:
         place: Context of the measurement.
         settings: Digits that name the analysis's settings.
     """
-    candidates = [
-        (step, _vectors_file(folder, path.stem).is_file(), path)
-        for path in folder.glob(f"*-{settings}.npz")
-        if path.stem != f"{place.tag}-{settings}"
-        and (step := _step_of(path, settings)) is not None
-        and step <= place.step
-    ]
+    candidates = []
+    for path in folder.glob(f"*-{settings}.npz"):
+        step = _step_of(path, settings)
+        if path.stem != f"{place.tag}-{settings}" and step is not None and step <= place.step:
+            candidates.append((step, _vectors_file(folder, path.stem).is_file(), path))
     for _, _, path in sorted(candidates, reverse=True):
         try:
             return _with_vectors(result_store.load(path), _vectors_file(folder, path.stem))

@@ -175,12 +175,16 @@ def _sharing(analysis: Analysis, place: AnalysisContext, weights: str, reuse: bo
     request = probe_request(analysis, place.datamodule)
     names = [other.name for other in place.due]
     later = place.due[names.index(analysis.name) + 1 :] if analysis.name in names else ()
-    sharing = [
-        other for other in later
-        if feature_pass.accumulator_of(other.measure, other.options) is not None and other.name not in place.alone
-        and probe_request(other, place.datamodule) == request
-        and not (reuse and _earlier(place.run.results / other.name / f"{_stem(other, place)}.npz", weights))
-    ]  # fmt: skip
+
+    def can_share(other: Analysis) -> bool:
+        if feature_pass.accumulator_of(other.measure, other.options) is None or other.name in place.alone:
+            return False
+        if probe_request(other, place.datamodule) != request:
+            return False
+        file = place.run.results / other.name / f"{_stem(other, place)}.npz"
+        return not (reuse and _earlier(file, weights))
+
+    sharing = [other for other in later if can_share(other)]
     of_ranks = gather_objects({other.name for other in sharing})  # a rank may not see yet what another one has saved
     return [other for other in sharing if all(other.name in names for names in of_ranks)]
 
@@ -217,7 +221,7 @@ def _earlier(path: Path, weights: str) -> Any | None:
     if card is None or card.checkpoint != weights:
         return None
     if card.options is None:
-        warnings.warn(f"{path}: saved by a version that did not record options: measuring again", stacklevel=3)
+        warnings.warn(f"{path}: saved by a version that did not record options; measured again", stacklevel=3)
         return None
     return result
 

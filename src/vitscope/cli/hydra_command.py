@@ -79,9 +79,8 @@ def run_composed(config_name: str, arguments: Sequence[str], task: Task) -> None
             overrides = list(cfg.hydra.overrides.task)
             with flag_override(cfg, ["struct", "readonly"], False):
                 cfg.hydra.runtime.output_dir = os.path.abspath(cfg.hydra.run.dir)  # as Hydra's main does
-                HydraConfig.instance().set_config(
-                    cfg
-                )  # for ${hydra:...} and for Lightning, which starts the other ranks
+                # for ${hydra:...} and for Lightning, which starts the other ranks
+                HydraConfig.instance().set_config(cfg)
                 del cfg["hydra"]
             task(cfg, overrides)
             return
@@ -99,9 +98,8 @@ def _needs_hydra_main(node: DictConfig) -> bool:
     callbacks = set(node.callbacks or {}) - {"jobs"}  # of multiruns only
     logs = [key for key in ("job_logging", "hydra_logging") if OmegaConf.select(node, f"{key}.handlers")]
     is_sweep = OmegaConf.select(node, "mode", default=None) is not None
-    return bool(
-        callbacks or logs or is_sweep or node.job.env_set or node.job.env_copy or node.run.dir != "." or node.verbose
-    )
+    sets_environment = node.job.env_set or node.job.env_copy
+    return bool(callbacks or logs or is_sweep or sets_environment or node.run.dir != "." or node.verbose)
 
 
 def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> None:
@@ -136,13 +134,14 @@ def _run_hydra_main(config_name: str, arguments: Sequence[str], task: Task) -> N
 
 def overrides_last(arguments: Sequence[str]) -> list[str]:
     """Return a command line with its options first: the parser refuses overrides on both sides of one."""
-    previous = ["", *arguments[:-1]]
-    is_override = [
-        not (argument.startswith("-") or option in _OPTIONS_WITH_VALUE or (option in _INFO and "=" not in argument))
-        for option, argument in zip(previous, arguments)
-    ]
-    options = [argument for argument, override in zip(arguments, is_override) if not override]
-    return options + [argument for argument, override in zip(arguments, is_override) if override]
+    options, overrides = [], []
+    for previous, argument in zip(["", *arguments[:-1]], arguments):
+        is_value = previous in _OPTIONS_WITH_VALUE or (previous in _INFO and "=" not in argument)
+        if argument.startswith("-") or is_value:
+            options.append(argument)
+        else:
+            overrides.append(argument)
+    return options + overrides
 
 
 def _set_full_error(value: str | None) -> None:

@@ -126,11 +126,17 @@ def _replaced(command: str, arguments: Sequence[str]) -> Iterator[tuple[str, str
             template = f"{name}={{}}"
         if template is None:
             continue
-        written = argument
-        following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        if is_option and not equals and following and not following.startswith("-") and "=" not in following:
-            value, written = following, f"{argument} {following}"
-        yield written, _filled(template, value)
+        following = _value_behind(arguments, position) if is_option and not equals else ""
+        if following:
+            yield f"{argument} {following}", _filled(template, following)
+        else:
+            yield argument, _filled(template, value)
+
+
+def _value_behind(arguments: Sequence[str], position: int) -> str:
+    """Return the argument behind an option where it is the option's value: neither an option nor ``key=value``."""
+    following = arguments[position + 1] if position + 1 < len(arguments) else ""
+    return "" if following.startswith("-") or "=" in following else following
 
 
 def _filled(template: str, value: str) -> str:

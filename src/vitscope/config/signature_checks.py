@@ -15,6 +15,8 @@ from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.value_ranges import ValueRange, range_of
 
+#: names of plain types, and the words for them in errors
+_TYPES_IN_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 _UNIONS = (Union, types.UnionType)
 
 #: characters of a list that an error shows whole
@@ -72,8 +74,10 @@ def check_arguments(
             if word is not None:
                 fix = errors.nearest(word, _choices(hints[key]))
                 raise ConfigError(f"{path}.{key}", shown(value), "no such choice", fix)
-            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
+            expected = type_text(hints[key])
+            raise ConfigError(
+                f"{path}.{key}", shown(value), f"not of type {expected}", f"give {type_text(hints[key], words=True)}"
+            )
         if key in ranges:
             check_value(f"{path}.{key}", value, ranges[key])
 
@@ -107,6 +111,16 @@ def _wrong_word(value: Any, hint: Any) -> str | None:
     words = _choices(hint)
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return next((text for text in texts if isinstance(text, str) and text not in words), None) if words else None
+
+
+def type_text(hint: Any, words: bool = False) -> str:
+    """Return a type hint as an error shows it: ``int or null`` for ``int | None``, in words ``a whole number or null``."""
+    if get_origin(hint) in _UNIONS:
+        return " or ".join(type_text(option, words) for option in get_args(hint))
+    if hint is None or hint is type(None):
+        return "null"
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    return _TYPES_IN_WORDS.get(name, f"a value of type {name}") if words else name
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -108,9 +108,8 @@ def _locate(target: str, key: str) -> Any:
             located = getattr(located, part)
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
+    except Exception as error:
+        # modules that make their attributes when asked (torch.ops, torch.classes) raise anything
         raise _not_located(parts, key, error) from error
     return located
 

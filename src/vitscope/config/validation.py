@@ -110,7 +110,7 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
         if key in groups and not isinstance(value, Mapping | None):
             raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(loading.options(key))}")
         if key in keys and not any(fits(value, kind) for kind in keys[key]):
-            raise ConfigError(key, shown(value), f"not {_named(keys[key])}", "correct the value")
+            raise ConfigError(key, shown(value), f"not {_named(keys[key])}", f"give {_named(keys[key])}")
     for key in sorted(keys) if whole else ():
         if key not in tree:
             raise ConfigError(key, None, "is missing", f"leave out ~{key}")
@@ -195,7 +195,8 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
         if key not in allowed_values:
             raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), allowed_values))
         if not any(fits(value, kind) for kind in allowed_values[key]):
-            raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(allowed_values[key])}", "correct the value")
+            expected = _named(allowed_values[key])
+            raise ConfigError(f"{group}.{key}", shown(value), f"not {expected}", f"give {expected}")
 
 
 def _check_l2_form(objective: Mapping[str, Any]) -> None:
@@ -216,8 +217,9 @@ def _check_caps(caps: Mapping[str, Any]) -> None:
 @functools.cache
 def _bounded() -> set[str]:
     files = [_file("analysis", name) for name in loading.options("analysis")] + [_file("caps", "smoke")]
-    names = ([part for part in key.split(".") if not part.isdigit()] for file in files for key, _ in _leaves(file))
-    return {parts[-1] for parts in names}  # radii.0 is the first of a list named radii
+    keys = [key for file in files for key, _ in _leaves(file)]
+    # radii.0 is the first of a list named radii
+    return {[part for part in key.split(".") if not part.isdigit()][-1] for key in keys}
 
 
 def _file(group: str, name: str) -> dict[str, Any]:

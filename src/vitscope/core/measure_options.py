@@ -86,7 +86,10 @@ def _check_probes(measure: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     for key, value in probes.items():
         if isinstance(value, nn.Module | list | tuple | str | PathLike):
             fix = "vs.Probe(model, batches, vs.Objective())"
-            fix += ", or vs.load_probe of a run" if key == "probe" else " of the same images" if key == "other" else ""
+            if key == "probe":
+                fix += ", or vs.load_probe of a run"
+            elif key == "other":
+                fix += " of the same images"
             raise ValueError(
                 f"Expected {key} of vs.{name} to be a vs.Probe, received {type(value).__name__}: pass {fix}."
             )

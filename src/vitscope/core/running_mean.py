@@ -26,7 +26,7 @@ class RunningMean:
         self._square_sum: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Add one row an image: ``values (B, ...)``, the same trailing shape on every call."""
+        """Add one row per image: ``values (B, ...)``, the same trailing shape on every call."""
         values = values.detach().double()
         self.count += len(values)
         total, square = values.sum(0), values.square().sum(0)  # (...) each
@@ -62,6 +62,12 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     check_level(level)
     ranks = distributed.gather_objects([m.state() for m in means])
     return [_estimate(states, level, mean.answers) for mean, states in zip(means, zip(*ranks))]
+
+
+def estimate_lists(lists: Sequence[Sequence[RunningMean]], level: float = 0.95) -> list[list[Estimate]]:
+    """Return the `estimates` of several lists of means, in lists of the same lengths; the ranks exchange all of them at once."""
+    remaining = iter(estimates([mean for means in lists for mean in means], level))
+    return [[next(remaining) for _ in means] for means in lists]
 
 
 def _estimate(states: Sequence[tuple[int, Any]], level: float, answers: bool) -> Estimate:

@@ -69,7 +69,7 @@ class SideBySide:
                 first = self.made.probe.first_image(index)
                 raise NumericalError(
                     "loss", loss, f"not finite on images {first} to {first + len(x) - 1}, so it has no curvature",
-                    "look at the weights and the batch, or use float64",
+                    "check the weights and the batch for values that are not finite, or use float64",
                 )  # fmt: skip
         return torch.cat([gradients[name].reshape(len(self.x), -1) for name in self.point], dim=1)  # (B, size)
 
@@ -82,9 +82,8 @@ class SideBySide:
         """
         sizes = [p.numel() for p in self.point.values()]
         columns = torch.stack(list(vectors)).split(sizes, dim=1)
-        tangents = {
-            name: part.reshape(-1, *p.shape) for (name, p), part in zip(self.point.items(), columns)
-        }  # (A, *shape)
+        # (A, numel) to (A, *shape) for each parameter
+        tangents = {name: part.reshape(-1, *p.shape) for (name, p), part in zip(self.point.items(), columns)}
         whole = len(which) == len(self.x)
         x, y = (self.x, self.y) if whole else (self.x[list(which)], self.y[list(which)])
         products = vmap(self._product)(tangents, x, y)

@@ -141,14 +141,14 @@ class Basis:
             vector, start = [self.rows[self.count]], 0
         else:
             vector, start = pieces, self._columns.start
-        at, end = -start, self.rows.shape[1]  # in this rank's columns
+        column, end = -start, self.rows.shape[1]  # in this rank's columns
         for piece in vector:
             flat = piece.reshape(-1)
-            first, last = max(0, -at), min(len(flat), end - at)
+            first, last = max(0, -column), min(len(flat), end - column)
             for begin in range(first, last, at_once):
                 part = flat[begin : min(begin + at_once, last)]
-                yield slice(at + begin, at + begin + len(part)), part.to(self.rows.device)
-            at += len(flat)
+                yield slice(column + begin, column + begin + len(part)), part.to(self.rows.device)
+            column += len(flat)
 
     def _sum(self, total: Tensor) -> Tensor:
         """Return the sum over the ranks that hold the other columns, on the vectors' device, where all backends work."""

@@ -9,6 +9,7 @@ convergence, and of two eigenvalues +a and -a it sees a mixture. The residuals s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,39 +44,58 @@ def power_iteration(
     if not 1 <= k <= len(like):
         raise ValueError(f"Expected between 1 and {len(like)} eigenvalues (the parameters analyzed), received k={k}.")
     generator = torch.Generator().manual_seed(seed)
-    eigenvectors: list[Tensor] = []
-    rows, n_products = [], 0
+    searches: list[_Search] = []
     for _ in range(k):
         v = torch.randn(len(like), generator=generator, dtype=torch.float32).to(like)
-        value, residual, stopped, last_vector, length = 0.0, np.inf, False, v, 0.0
-        for iteration in range(max_iterations):
-            v = _deflated(v, eigenvectors)
-            hv = product(v)
-            n_products += 1
-            before, value = value, dot(hv, v)
-            residual = norm(hv - value * v)
-            length = norm(hv)
-            if iteration > 0 and abs(value - before) < tol * (abs(before) + 1e-6):
-                stopped = True
-            last_vector = v
-            v = hv / length if length > 0 else v
-            if stopped or length == 0:
-                break
         # the next iterate is what PyHessian keeps for deflation, the value belongs to the one before
-        eigenvectors.append(v)
-        rows.append((value, residual, stopped or length == 0, last_vector))
+        eigenvectors = [search.next_vector for search in searches]
+        searches.append(_search(product, v, eigenvectors, tol, max_iterations))
     # of products that are off by rounding, as inner products of that many entries are (see `Lanczos.resolution`)
-    largest = max(abs(row[0]) for row in rows)
+    largest = max(abs(search.value) for search in searches)
     resolution = float(torch.finfo(like.dtype).eps) * largest * (1.0 + float(np.log2(len(like))))
     return Eigenpairs(
-        values=np.array([row[0] for row in rows]),
-        residuals=np.maximum([row[1] for row in rows], resolution),
-        errors=np.array([row[1] for row in rows]),
-        converged=np.array([row[2] for row in rows]),
-        n_products=n_products,
-        vectors=torch.stack([row[3] for row in rows]),
+        values=np.array([search.value for search in searches]),
+        residuals=np.maximum([search.residual for search in searches], resolution),
+        errors=np.array([search.residual for search in searches]),
+        converged=np.array([search.converged for search in searches]),
+        n_products=sum(search.n_products for search in searches),
+        vectors=torch.stack([search.vector for search in searches]),
         resolution=resolution,
     )
+
+
+class _Search(NamedTuple):
+    """The end of the iteration for one eigenvalue: its last iterate with the value, and the one that would follow."""
+
+    value: float
+    residual: float
+    converged: bool
+    vector: Tensor
+    next_vector: Tensor
+    n_products: int
+
+
+def _search(
+    product: Callable[[Tensor], Tensor], v: Tensor, eigenvectors: list[Tensor], tol: float, max_iterations: int
+) -> _Search:
+    """Iterate from ``v``, orthogonal to the eigenvectors before; arguments as of `power_iteration`."""
+    search = _Search(0.0, np.inf, max_iterations < 1, v, v, 0)
+    for iteration in range(max_iterations):
+        v = _deflated(search.next_vector, eigenvectors)
+        image = product(v)
+        value, length = dot(image, v), norm(image)
+        is_settled = iteration > 0 and abs(value - search.value) < tol * (abs(search.value) + 1e-6)
+        search = _Search(
+            value=value,
+            residual=norm(image - value * v),
+            converged=is_settled or length == 0,
+            vector=v,
+            next_vector=image / length if length > 0 else v,
+            n_products=iteration + 1,
+        )
+        if search.converged:
+            break
+    return search
 
 
 def _deflated(v: Tensor, eigenvectors: list[Tensor]) -> Tensor:

@@ -225,11 +225,10 @@ def _has_shapes(tensors: Mapping[str, Any], model_state: Mapping[str, Any]) -> b
 
 
 def _are_equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return set(one) == set(other) and all(
-        isinstance(value, Tensor)
-        and isinstance(other[name], Tensor)
-        and value.dtype == other[name].dtype
-        and value.shape == other[name].shape
-        and bool((value == other[name]).all())
-        for name, value in one.items()
-    )
+    return set(one) == set(other) and all(_are_equal_tensors(value, other[name]) for name, value in one.items())
+
+
+def _are_equal_tensors(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return False
+    return value.dtype == other.dtype and value.shape == other.shape and bool((value == other).all())

@@ -19,6 +19,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from vitscope.plotting.style import KIND_COLORS, style
 from vitscope.plotting.text_fit import fit_legend
+from vitscope.runtime.text_layout import count_text
 
 #: width in inches of a column of a two-column page
 COLUMN_WIDTH = 3.4
@@ -209,14 +210,12 @@ class Canvas:
 
     def _axes_of_the_user(self, rows: int, columns: int, projections: Sequence[Sequence[str]]) -> np.ndarray:
         if len(self._axes) != rows * columns:
-            fix = (
-                "ax=plt.subplots()[1]"
-                if rows * columns == 1
-                else f"ax=plt.subplots({rows}, {columns})[1]; or a subfigure, which is filled"
-            )
+            fix = f"ax=plt.subplots({rows}, {columns})[1]; or a subfigure, which is filled"
+            if rows * columns == 1:
+                fix = "ax=plt.subplots()[1]"
             raise ValueError(
-                f"Expected {rows * columns} axes, received {len(self._axes)}: the figure has {rows} "
-                f"{'row' if rows == 1 else 'rows'} of {columns} {'panel' if columns == 1 else 'panels'}; pass {fix}."
+                f"Expected {rows * columns} axes, received {len(self._axes)}: the figure has {count_text(rows, 'row')} of "
+                f"{count_text(columns, 'panel')}; pass {fix}."
             )
         panels = np.array([*self._axes, None], dtype=object)[:-1].reshape(rows, columns)
         for axes, name in zip(panels.flat, np.ravel(np.array(projections))):

@@ -51,12 +51,12 @@ def points_by_kind(
         half_widths: (n_taps,) half the interval of each value.
     """
     for kind in dict.fromkeys(kinds):
-        at = np.flatnonzero((np.array(kinds) == kind) & np.isfinite(values))
-        if len(at):
+        taps = np.flatnonzero((np.array(kinds) == kind) & np.isfinite(values))
+        if len(taps):
             ax.errorbar(
-                depths[at],
-                values[at],
-                half_widths[at],
+                depths[taps],
+                values[taps],
+                half_widths[taps],
                 marker=KIND_MARKERS[kind],
                 color=kind_color(kind),
                 linestyle="none",

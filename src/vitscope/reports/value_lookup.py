@@ -69,10 +69,11 @@ class Selection:
         if name not in entry.metrics:
             if not entry.trained and (result := self.evaluation(entry, name)) is not None:
                 return scalar_of_result(result, name.partition("/")[2])
-            failed = entry.status == FAILED
-            return Value(None, FAILED if failed else MISSING, "the run failed" if failed else "not in the journal")
+            return _missing(entry, "not in the journal")
         number = entry.metrics[name]
-        return Value(None, FAILED, "not finite") if number is None or not math.isfinite(number) else Value(number)
+        if number is None or not math.isfinite(number):
+            return Value(None, FAILED, "not finite")
+        return Value(number)
 
     def evaluation(self, entry: Entry, metric: str) -> Measured | None:
         """Return the `vs.evaluation` of an analyzed model that stands for a metric such as ``test/accuracy``, if there is one.
@@ -122,10 +123,7 @@ class Selection:
         if not successes:
             if results:
                 return None, Value(None, FAILED, results[-1].error)
-            failed = entry.status == FAILED
-            return None, Value(
-                None, FAILED if failed else MISSING, "the run failed" if failed else f"not measured at {tag}"
-            )
+            return None, _missing(entry, f"not measured at {tag}")
         if self.recorded_only and not any(map(_is_recorded, successes)):
             reason = "measured under conditions that were not recorded: measure again"
             self._refused.append(f"{successes[-1].measure} {reason}")
@@ -170,6 +168,13 @@ class Selection:
         return [tag for tag in entry.tags() if self.measured(entry, measure, tag)[0] is not None]
 
 
+def _missing(entry: Entry, reason: str) -> Value:
+    """Return that a run has no number: it failed, or the given reason."""
+    if entry.status == FAILED:
+        return Value(None, FAILED, "the run failed")
+    return Value(None, MISSING, reason)
+
+
 def _created(entry: Entry) -> str:
     return str(entry.facts.get("created", ""))
 
@@ -181,11 +186,9 @@ def scalar_of_result(measured: Measured, name: str) -> Value:
         return Value(number)
     if reason := undefined_reason(measured.measure, measured.scalars, name, measured.card):
         return Value(None, "", reason)
-    return (
-        Value(None, FAILED, "not finite")
-        if name in measured.scalars
-        else Value(None, MISSING, f"{measured.analysis} has no {name}")
-    )
+    if name in measured.scalars:
+        return Value(None, FAILED, "not finite")
+    return Value(None, MISSING, f"{measured.analysis} has no {name}")
 
 
 def undefined_reason(

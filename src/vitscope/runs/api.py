@@ -70,7 +70,9 @@ def load_probe(
     cfg = find(run).config()
     model = factories.model(cfg)
     average = ckpt == checkpoint_weights.AVERAGE
-    path = Path(run) if Path(run).is_file() else find(run).checkpoints / f"{'last' if average else ckpt}.ckpt"
+    path = Path(run)
+    if not path.is_file():
+        path = find(run).checkpoints / ("last.ckpt" if average else f"{ckpt}.ckpt")
     if (measured_file := find(run).measured_file()) is not None:  # of a folder that analyze.py made for a file
         if ckpt not in ("last", checkpoint_weights.AVERAGE):
             reason = f"{find(run).path} holds results of one file, {measured_file[0]}, and no checkpoints"

@@ -77,7 +77,8 @@ def is_secret(key: str) -> bool:
     if _PARTS.search("".join(words)) or _WORDS & set(words):
         return True
     for index, word in enumerate(words):
-        before, after = words[index - 1] if index else "", words[index + 1] if index + 1 < len(words) else ""
+        before = words[index - 1] if index else ""
+        after = words[index + 1] if index + 1 < len(words) else ""
         if word == "token" and before not in _HARMLESS_BEFORE and after not in _HARMLESS_AFTER:
             return True
         if word in _LAST_WORDS and not after and before and before not in _HARMLESS_BEFORE:
@@ -132,17 +133,18 @@ def cleaned(text: str) -> str:
     return masked(_without_pairs(_BY_FORM.sub(REDACTED, text), _ANY_PAIR, key if equals else ""))
 
 
+def _clean_mapping(mapping: Mapping[Any, Any], above: str) -> dict[Any, Any]:
+    named = _named_value(mapping)
+    clean = {}
+    for key, item in mapping.items():
+        is_hidden = (key == named or _is_secret_below(above, key, item)) and _tells(item)
+        clean[masked(key) if isinstance(key, str) else key] = REDACTED if is_hidden else _clean(item, str(key))
+    return clean
+
+
 def _clean(value: Any, above: str = "") -> Any:
     if isinstance(value, Mapping):
-        named = _named_value(value)
-        return {
-            (masked(key) if isinstance(key, str) else key): (
-                REDACTED
-                if (key == named or _is_secret_below(above, key, item)) and _tells(item)
-                else _clean(item, str(key))
-            )
-            for key, item in value.items()
-        }
+        return _clean_mapping(value, above)
     if isinstance(value, list | tuple):
         items = [REDACTED if hidden else _clean(item, above) for item, hidden in zip(value, _follow_names(value))]
         return tuple(items) if type(value) is tuple else items
@@ -278,30 +280,37 @@ def _end_of_value(text: str, start: int) -> int:
     """Return where a value ends that begins at ``start``: at its quote, bracket or block, else before a separator."""
     if start >= len(text):
         return start
-    escaped = re.compile(r"\\+[\"']").match(text, start)
-    if escaped:
-        end = text.find(escaped[0], escaped.end())
-        return len(text) if end < 0 else end + len(escaped[0])
+    escaped_quote = re.compile(r"\\+[\"']").match(text, start)
+    if escaped_quote:
+        end = text.find(escaped_quote[0], escaped_quote.end())
+        return len(text) if end < 0 else end + len(escaped_quote[0])
     if text[start] in "\"'":
-        end = start + 1
-        while end < len(text) and text[end] != text[start]:
-            end += 2 if text[end] == "\\" else 1
-        return min(end + 1, len(text))
+        return _end_of_quoted(text, start)
     block = _BLOCK.match(text, start) if "\n" in text[start:] else None
-    if block:
-        return block.end()
-    depth, end = 0, start
-    while end < len(text):
+    return block.end() if block else _end_of_unquoted(text, start)
+
+
+def _end_of_quoted(text: str, start: int) -> int:
+    """Return the place behind the quote that closes the one at ``start``, or the end of a text without it."""
+    end = start + 1
+    while end < len(text) and text[end] != text[start]:
+        end += 2 if text[end] == "\\" else 1
+    return min(end + 1, len(text))
+
+
+def _end_of_unquoted(text: str, start: int) -> int:
+    """Return the place behind the bracket that closes the first one, or before a separator outside of brackets."""
+    depth = 0
+    for end in range(start, len(text)):
         letter = text[end]
         if letter in "{[(":
             depth += 1
         elif letter in "}])":
             if depth == 0:
-                break
+                return end
             depth -= 1
             if depth == 0:
                 return end + 1
         elif depth == 0 and (letter in ",;&" or letter.isspace()):
-            break
-        end += 1
-    return end
+            return end
+    return len(text)

@@ -31,15 +31,7 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: an unknown one, one whose bounds or step are missing or no such numbers, or shares that are no probabilities.
     """
-    if "distribution" in node:
-        name = str(node["distribution"])
-    elif "value" in node:
-        name = "constant"
-    elif "values" in node:
-        name = "categorical"
-    else:
-        whole = all(isinstance(node.get(bound), int) for bound in ("min", "max"))
-        name = "int_uniform" if whole else "uniform"
+    name = _stated_or_inferred(node)
     if name not in DISTRIBUTIONS:
         raise ConfigError(
             f"parameters.{key}", name, "no such distribution here", f"choose from {', '.join(DISTRIBUTIONS)}"
@@ -57,11 +49,23 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
         _check_choices(key, node)
     if name == "int_uniform":
         _check_whole(key, node)
-    if name.startswith("q_") and not (_number(step := node.get("q", 1)) and step > 0):
+    step = node.get("q", 1)
+    if name.startswith("q_") and not (_number(step) and step > 0):
         raise ConfigError(f"parameters.{key}.q", step, "not a number greater than 0", "write 1.0e-3, not 1e-3")
     if name.endswith("log_uniform_values") and node["min"] <= 0:
         raise ConfigError(f"parameters.{key}.min", node["min"], "not greater than 0", "a logarithm needs that")
     return name
+
+
+def _stated_or_inferred(node: Mapping[str, Any]) -> str:
+    if "distribution" in node:
+        return str(node["distribution"])
+    if "value" in node:
+        return "constant"
+    if "values" in node:
+        return "categorical"
+    has_whole_bounds = all(isinstance(node.get(bound), int) for bound in ("min", "max"))
+    return "int_uniform" if has_whole_bounds else "uniform"
 
 
 def _check_whole(key: str, node: Mapping[str, Any]) -> None:

@@ -80,9 +80,8 @@ class ForkedJob:
 def _run(function: Callable[..., int], arguments: Sequence[Any], environment: Mapping[str, str], output: Path) -> None:
     os.setsid()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            PR_SET_PDEATHSIG, signal.SIGTERM
-        )  # at the death of the server, which dies with its parent
+        # end with the server, which ends with its parent
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)

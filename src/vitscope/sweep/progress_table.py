@@ -53,33 +53,34 @@ def table(sweep: LocalSweep, n_rows: int | None = None, width: int = WIDE) -> Ta
     if not is_wide:
         captions.append(f"output: <folder>/{OUTPUT}")
     rich_table.caption = "; ".join(captions) or None
-    names = [
-        "trial",
-        "settings",
-        "on",
-        "state",
-        "epoch",
-        "step",
-        sweep.metric,
-        "time",
-        "output" if is_wide else "folder",
-    ]
-    columns = [name for name in names if is_wide or name not in ("on", "step")]
-    for name in columns:
+    names = ["trial", "settings", "on", "state", "epoch", "step", sweep.metric, "time", "output"]
+    if not is_wide:
+        names = [name for name in names if name not in ("on", "step", "output")] + ["folder"]
+    for name in names:
         is_number = name in ("trial", "epoch", "step", "time", sweep.metric)
         rich_table.add_column(
             name, justify="right" if is_number else "left", no_wrap=name != "settings", overflow="fold"
         )
     for trial in rows:
-        state = trial.state if trial.state != "failed" else f"failed ({trial.exit_code})"
-        elapsed = duration_text(round(trial.seconds)) if trial.seconds else ""
-        cells = (str(trial.index), _label(sweep, trial), trial.slot.name if trial.slot else "", state,
-                 str(trial.rows.get("epoch", "")), str(trial.rows.get("step", "")),
-                 f"{trial.value:.4g}" if trial.value is not None else "", elapsed,
-                 f"{trial.folder.name}/{OUTPUT}" if is_wide else trial.folder.name)  # fmt: skip
-        texts = dict(zip(names, cells))
-        rich_table.add_row(*(texts[name] for name in columns), style=_STYLES.get(trial.state))
+        cells = _cells(sweep, trial)
+        rich_table.add_row(*(cells[name] for name in names), style=_STYLES.get(trial.state))
     return rich_table
+
+
+def _cells(sweep: LocalSweep, trial: Trial) -> dict[str, str]:
+    """Return the texts of a trial by the names of the columns."""
+    return {
+        "trial": str(trial.index),
+        "settings": _label(sweep, trial),
+        "on": trial.slot.name if trial.slot else "",
+        "state": trial.state if trial.state != "failed" else f"failed ({trial.exit_code})",
+        "epoch": str(trial.rows.get("epoch", "")),
+        "step": str(trial.rows.get("step", "")),
+        sweep.metric: f"{trial.value:.4g}" if trial.value is not None else "",
+        "time": duration_text(round(trial.seconds)) if trial.seconds else "",
+        "output": f"{trial.folder.name}/{OUTPUT}",
+        "folder": trial.folder.name,
+    }
 
 
 def _selected(trials: Sequence[Trial], n_rows: int | None) -> list[Trial]:

@@ -63,7 +63,9 @@ def complete_restarted_epoch(trainer: Trainer) -> None:
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
-        _Loop.restarting.fset(loop, False)  # pyright: ignore[reportOptionalCall]  it has a setter, see the contract test
+        set_restarting = _Loop.restarting.fset
+        assert set_restarting is not None  # see the contract test
+        set_restarting(loop, False)
         loop.reset_restart_stage()
 
 

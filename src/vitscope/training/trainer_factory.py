@@ -51,7 +51,7 @@ def check_accelerator(cfg: DictConfig) -> None:
     if accelerator == "gpu" and torch.backends.mps.is_available():
         return
     is_of_several_processes = cfg.trainer.get("strategy") not in (None, "auto")
-    fix = "set trainer=cpu, or trainer.accelerator=cpu for a run that goes on"
+    fix = "set trainer=cpu, or trainer.accelerator=cpu for a resumed run"
     if is_of_several_processes:
         fix = "set trainer.accelerator=cpu trainer.devices=2 for two processes on the CPU"
     raise ConfigError("trainer.accelerator", accelerator, "torch finds no GPU on this machine", fix)
@@ -98,7 +98,7 @@ def build_trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: Diagnosti
             ConfigurationCheck(experiment_identity.config_hash(cfg)),
             EpochAccuracy(),
             *_configured_callbacks(cfg),
-            *([RichProgressBar() if is_terminal else PlainProgress()] if show_progress else []),
+            *_progress_callbacks(show_progress, is_terminal),
             diagnostics,
         ],
         plugins=[AtomicCheckpointIO()],
@@ -111,6 +111,12 @@ def build_trainer(cfg: DictConfig, run: Run, logger: Any, diagnostics: Diagnosti
     )
     lightning_internals.keep_signal_handlers(trainer)
     return trainer
+
+
+def _progress_callbacks(show_progress: bool, is_terminal: bool) -> list[Callback]:
+    if not show_progress:
+        return []
+    return [RichProgressBar()] if is_terminal else [PlainProgress()]
 
 
 def _configured_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from vitscope.analyses import arguments
 from vitscope.analyses.prediction.image_reading import keeping_images, reading_works
 from vitscope.analyses.spec import Analysis, probe_request
 from vitscope.config import factories
-from vitscope.config.keys.analysis_keys import CROSS_VALIDATION
 from vitscope.core.cost.image_passes import tap_sizes
 from vitscope.core.cost.measure_cost import (
     Count,
@@ -38,7 +37,6 @@ from vitscope.core.cost.measure_cost import (
 )
 from vitscope.core.cost.tensor_memory import peak_bytes
 from vitscope.core.probe import Probe
-from vitscope.core.run_inputs import FromRun, run_inputs
 from vitscope.runtime import stop_flag
 from vitscope.runtime.stop_flag import Interrupted
 
@@ -118,27 +116,8 @@ def predict_costs(
         content: Checkpoint of the weights, for an objective that needs the optimizer's state.
         n_checkpoints: Number of the run's own checkpoints.
     """
-    times: dict[Any, UnitCost] = {}
-    return [_predicted(cfg, analysis, network, data, n_ranks, content, n_checkpoints, times) for analysis in analyses]
-
-
-def _input_sizes(
-    cfg: DictConfig, analysis: Analysis, network: nn.Module, data: Any, n_checkpoints: int
-) -> dict[str, int]:
-    """Return the sizes of the arguments that the run supplies, see `vitscope.analyses.arguments`."""
-    sizes = {}
-    for name, kind in run_inputs(analysis.measure).items():
-        value = analysis.options.get(name)
-        if kind is FromRun.TRAINING and value != CROSS_VALIDATION:
-            available, n_images = len(data.split("train")), (value or {}).get("n_images")
-            sizes[name] = available if n_images is None else min(available, int(n_images))
-        elif kind is FromRun.VALIDATION:
-            sizes[name] = len(data.split("val"))
-        elif kind is FromRun.CHECKPOINTS:
-            sizes[name] = n_checkpoints
-        elif kind is FromRun.UNTRAINED:
-            sizes[name] = int(arguments.untrained_model(cfg, network) is not None)
-    return sizes
+    predictor = _Predictor(cfg, network, data, content, n_ranks, n_checkpoints)
+    return [predictor.predict(analysis) for analysis in analyses]
 
 
 def predict_times(
@@ -163,60 +142,89 @@ def predict_times(
     Returns:
         Seconds by analysis; those that make fewer products, or have no formula, are left out.
     """
-    times: dict[Any, UnitCost] = {}
-    costs = [_predicted(cfg, analysis, network, data, 1, content, 0, times, in_short=True) for analysis in analyses]
+    predictor = _Predictor(cfg, network, data, content, in_short=True)
+    costs = [predictor.predict(analysis) for analysis in analyses]
     return {cost.name: cost.seconds for cost in costs if cost.seconds is not None}
 
 
-def _predicted(
-    cfg: DictConfig,
-    analysis: Analysis,
-    network: nn.Module,
-    data: Any,
-    n_ranks: int,
-    content: Mapping[str, Any] | None,
-    n_checkpoints: int,
-    times: dict[Any, UnitCost],
-    in_short: bool = False,
-) -> PredictedCost:
-    request = probe_request(analysis, data)
-    options = all_options(analysis.measure, analysis.options)
-    try:
-        available = len(data.split(request["split"]))
-        n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
-        probe = _probe_of(cfg, network, data, request, n_images, request["batch_size"], content)
-        sizes = _input_sizes(cfg, analysis, network, data, n_checkpoints)
-        work = replace(workload(probe, request["batch_size"], n_images), input_sizes=sizes)
-        cost = stated_cost(analysis.measure, analysis.options, work)
-        if not in_short:
-            cost = replace(cost, works=[*cost.works, *reading_works(analysis, probe, cost, sizes)])
-    except Interrupted:
-        raise
-    except UnknownCost as error:
-        return PredictedCost(analysis.name, reason=str(error))
-    except Exception as error:  # the analysis itself reports it
-        return PredictedCost(analysis.name, reason=_line(error))
-    if in_short and _batch_products(cost, min(n_images, request["batch_size"])) < LEAST_PRODUCTS:
-        return PredictedCost(analysis.name, reason="few products")
-    # in short: gradients and checks, which are few, are taken to be as long as a product
-    product = next((work.unit for work in cost.works if work.unit.is_product), None) if in_short else None
-    units: dict[str, UnitCost] = {}
-    for work in cost.works:
-        unit = product or work.unit
-        key = (unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
-        if key not in times:
-            stop_flag.check()
+@dataclass
+class _Predictor:
+    """Predicts one analysis after the other; a piece of work that several of them do is timed once.
+
+    Attributes:
+        cfg: As for `predict_costs`, and likewise the others.
+        network: On its device.
+        data: Data module.
+        content: Checkpoint of the weights.
+        n_ranks: Number of processes that would share the work.
+        n_checkpoints: Number of the run's own checkpoints.
+        in_short: Whether one product stands for all pieces of work, as in `predict_times`; no bytes are counted then.
+        times: Costs of the pieces of work that have been timed.
+    """
+
+    cfg: DictConfig
+    network: nn.Module
+    data: Any
+    content: Mapping[str, Any] | None
+    n_ranks: int = 1
+    n_checkpoints: int = 0
+    in_short: bool = False
+    times: dict[Any, UnitCost] = field(default_factory=dict)
+
+    def predict(self, analysis: Analysis) -> PredictedCost:
+        """Return the predicted cost of an analysis, or why it is unknown."""
+        request = probe_request(analysis, self.data)
+        options = all_options(analysis.measure, analysis.options)
+        try:
+            available = len(self.data.split(request["split"]))
+            n_images = available if request["n_images"] is None else min(available, int(request["n_images"]))
+            cost = self._stated_cost(analysis, request, n_images)
+        except Interrupted:
+            raise
+        except UnknownCost as error:
+            return PredictedCost(analysis.name, reason=str(error))
+        except Exception as error:  # the analysis itself reports it
+            return PredictedCost(analysis.name, reason=_line(error))
+        if self.in_short and _batch_products(cost, min(n_images, request["batch_size"])) < LEAST_PRODUCTS:
+            return PredictedCost(analysis.name, reason="few products")
+        # in short: gradients and checks, which are few, are taken to be as long as a product
+        product = next((work.unit for work in cost.works if work.unit.is_product), None) if self.in_short else None
+        units: dict[str, UnitCost] = {}
+        for work in cost.works:
+            unit = product or work.unit
             try:
-                n_timed = unit.n_timed or request["batch_size"]
-                n_timed = min(n_images, n_timed)
-                one_batch = _probe_of(keeping_images(cfg), network, data, request, n_timed, n_timed, content)
-                times[key] = measure_unit(unit, one_batch, options, count_bytes=not in_short)
+                units[work.unit.name] = self._unit_cost(unit, request, options, n_images)
             except Interrupted:
                 raise
             except Exception as error:  # likewise
                 return PredictedCost(analysis.name, reason=f"{unit.name}: {_line(error)}")
-        units[work.unit.name] = times[key]
-    return combined(analysis.name, cost, units, n_images, n_ranks, model_bytes(network))
+        return combined(analysis.name, cost, units, n_images, self.n_ranks, model_bytes(self.network))
+
+    def _stated_cost(self, analysis: Analysis, request: Mapping[str, Any], n_images: int) -> MeasureCost:
+        """Return the counts that the measure's formula gives, and the reading of images beside them."""
+        probe = self._probe(self.cfg, request, n_images, request["batch_size"])
+        sizes = arguments.input_sizes(analysis, self.cfg, self.network, self.data, self.n_checkpoints)
+        work = replace(workload(probe, request["batch_size"], n_images), input_sizes=sizes)
+        cost = stated_cost(analysis.measure, analysis.options, work)
+        if self.in_short:
+            return cost
+        return replace(cost, works=[*cost.works, *reading_works(analysis, probe, cost, sizes)])
+
+    def _unit_cost(
+        self, unit: WorkUnit, request: Mapping[str, Any], options: Mapping[str, Any], n_images: int
+    ) -> UnitCost:
+        """Return what a piece of work takes with one batch of the images that an analysis requests."""
+        key = (unit.key(options), tuple(sorted((name, str(value)) for name, value in request.items())))
+        if key not in self.times:
+            stop_flag.check()
+            n_timed = min(n_images, unit.n_timed or request["batch_size"])
+            one_batch = self._probe(keeping_images(self.cfg), request, n_timed, n_timed)
+            self.times[key] = measure_unit(unit, one_batch, options, count_bytes=not self.in_short)
+        return self.times[key]
+
+    def _probe(self, cfg: DictConfig, request: Mapping[str, Any], n_images: int, batch_size: int) -> Probe:
+        request = {**request, "n_images": n_images, "batch_size": min(batch_size, n_images)}
+        return factories.probe(cfg, self.network, self.data, request, None, self.content)
 
 
 def _batch_products(cost: MeasureCost, batch_size: int) -> float:
@@ -287,20 +295,6 @@ def _seconds(work: Work, unit: UnitCost, n_ranks: int) -> float:
 def model_bytes(network: nn.Module) -> float:
     """Return the bytes of a network's parameters and buffers, tied ones once."""
     return float(sum(t.numel() * t.element_size() for t in (*network.parameters(), *network.buffers())))
-
-
-def _probe_of(
-    cfg: DictConfig,
-    network: nn.Module,
-    data: Any,
-    request: Mapping[str, Any],
-    n_images: int,
-    batch_size: int,
-    content: Mapping[str, Any] | None,
-) -> Probe:
-    return factories.probe(
-        cfg, network, data, {**request, "n_images": n_images, "batch_size": min(batch_size, n_images)}, None, content
-    )
 
 
 def workload(probe: Probe, batch_size: int, n_images: int) -> Workload:

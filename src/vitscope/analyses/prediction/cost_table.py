@@ -17,13 +17,15 @@ def cost_table(costs: Sequence[PredictedCost]) -> str:
     seconds = [cost.seconds.expected for cost in costs if cost.seconds is not None]
     unknown = [cost for cost in costs if cost.seconds is None]
     lines = [*aligned(rows, right=range(1, len(_HEADER)))]
-    more = f" + unknown ({len(unknown)})" if unknown else ""
-    lines.append(f"together: {duration_text(sum(seconds)) if seconds else 'unknown'}{more if seconds else ''}")
+    together = duration_text(sum(seconds)) if seconds else "unknown"
+    if seconds and unknown:
+        together += f" + unknown ({len(unknown)})"
+    lines.append(f"together: {together}")
     lines += [f"{cost.name}: unknown: {cost.reason}" for cost in unknown]
     if any(cost.products is not None and cost.products.low < cost.products.high for cost in costs):
-        lines.append("in brackets: the fewest and the most; a search for eigenvalues ends when they are known")
+        lines.append("in brackets: lowest and highest; a search for eigenvalues ends when they have converged")
     if any(cost.seconds is not None for cost in costs):
-        lines.append("result: its arrays before compression; figure, numbers and card come beside it")
+        lines.append("result: size of the arrays before compression, without figure, CSV and card")
     return "\n".join(lines)
 
 

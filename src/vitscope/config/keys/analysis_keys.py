@@ -11,7 +11,7 @@ from typing import Any
 from vitscope.config import instantiate, loading, target_allowlist
 from vitscope.config.loading import NODE_KEYS
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
-from vitscope.config.signature_checks import check_node, fits, shown
+from vitscope.config.signature_checks import check_node, fits, shown, type_text
 from vitscope.core.option_checks import check_options
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError
@@ -68,8 +68,10 @@ def _check_part(path: str, part: Any, types: Mapping[str, Any]) -> None:
         if key in ("every_n_steps", "at_steps"):
             _check_steps(path, key, value)
         if not fits(value, types[key]):
-            reason = f"not of type {getattr(types[key], '__name__', types[key])}"
-            raise ConfigError(f"{path}.{key}", shown(value), reason, "correct the value")
+            expected = type_text(types[key])
+            raise ConfigError(
+                f"{path}.{key}", shown(value), f"not of type {expected}", f"give {type_text(types[key], words=True)}"
+            )
 
 
 def _supplied(measure: Callable[..., Any]) -> tuple[str, ...]:

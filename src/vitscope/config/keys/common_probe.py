@@ -61,19 +61,23 @@ def apply_common_probe(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     keys = overridden_keys(overrides)
     for name, node in _analysis_nodes(cfg):
         for key, value in values.items():
-            if _is_overridden(name, key, keys):
-                if f"analysis.{name}.probe.{key}" not in keys:  # the whole probe is set, perhaps without this key
-                    _logger.info(
-                        f"probe.{key}={_text(value)}: not applied to analysis.{name}: its probe is set as a whole"
-                    )
+            if f"analysis.{name}.probe.{key}" in keys:  # the command line has set it
                 continue
-            own_keys, refused, reason = _OWN_IMAGES.get(str(node.get("_target_")), ((), None, ""))
-            if key in own_keys and refused in (None, value):
+            reason = _reason_to_keep(name, node, key, value, keys)
+            if reason:
                 _logger.info(f"probe.{key}={_text(value)}: not applied to analysis.{name}: {reason}")
-                continue
-            _set_probe_key(node, key, None if value == ALL_IMAGES and key == "n_images" else value)
+            else:
+                _set_probe_key(node, key, None if value == ALL_IMAGES and key == "n_images" else value)
     for key in values:
         common[key] = None
+
+
+def _reason_to_keep(name: str, node: Any, key: str, value: Any, keys: Collection[str]) -> str:
+    """Return why an analysis keeps its own value of a key of its probe; empty where it takes the common one."""
+    if _is_overridden(name, key, keys):
+        return "its probe is set as a whole"  # perhaps without this key
+    own_keys, refused, reason = _OWN_IMAGES.get(str(node.get("_target_")), ((), None, ""))
+    return reason if key in own_keys and refused in (None, value) else ""
 
 
 def apply_checkpoint_defaults(cfg: DictConfig, overrides: Sequence[str] = ()) -> tuple[str, ...]:

@@ -54,13 +54,7 @@ def check_loggers(node: Any, options: Mapping[str, Mapping[str, Any]]) -> None:
     for name, values in chosen_loggers(node).items():
         if name not in PACKAGES:
             raise ConfigError(f"logger.{name}", "...", "no such logger", errors.nearest(name, [*PACKAGES, "wandb"]))
-        for key, value in values.items():
-            default = options[name].get(key)
-            if default is None:
-                raise ConfigError(f"logger.{name}.{key}", value, "no such key", errors.nearest(key, options[name]))
-            if type(value) is not type(default) or (isinstance(value, int) and value < 1):
-                kind = "a text" if isinstance(default, str) else "a whole number from 1 on"
-                raise ConfigError(f"logger.{name}.{key}", value, f"not {kind}", f"set {key}={default}")
+        _check_options(name, values, options[name])
         if not is_installed(name):
             package = PACKAGES[name][0]
             fix = f"pip install {package}, or choose logger=csv"
@@ -71,3 +65,14 @@ def is_installed(name: str) -> bool:
     """Tell whether a logger's package is installed; it is not imported."""
     packages = PACKAGES[name]
     return not packages or any(importlib.util.find_spec(package) is not None for package in packages)
+
+
+def _check_options(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse options that a logger does not have, and values of another type than the default's."""
+    for key, value in values.items():
+        default = defaults.get(key)
+        if default is None:
+            raise ConfigError(f"logger.{name}.{key}", value, "no such key", errors.nearest(key, defaults))
+        if type(value) is not type(default) or (isinstance(value, int) and value < 1):
+            kind = "a text" if isinstance(default, str) else "a whole number from 1 on"
+            raise ConfigError(f"logger.{name}.{key}", value, f"not {kind}", f"set {key}={default}")

@@ -40,7 +40,7 @@ class BatchInputs:
 
     @property
     def cut_tensors(self) -> list[Tensor]:
-        """The tensors that have one row an image."""
+        """The tensors that have one row per image."""
         return [t for t in self.tensors if t.ndim and len(t) == self.n_images]
 
     def __len__(self) -> int:

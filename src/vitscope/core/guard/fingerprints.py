@@ -86,9 +86,8 @@ class SeenBatches:
         self._first: dict[int, tuple[Fingerprint | None, ...]] = {}
         self._tensors: dict[int, list[tuple[weakref.ref[Tensor], int]]] = {}
         self._length: int | None = None
-        self._places: dict[
-            tuple[Fingerprint | None, ...], int
-        ] = {}  # the first batch of each set of inputs and targets
+        # the first batch of each set of inputs and targets
+        self._places: dict[tuple[Fingerprint | None, ...], int] = {}
         self._has_warned = False
 
     def checked(self, batches: Iterable[Any]) -> Iterator[Any]:

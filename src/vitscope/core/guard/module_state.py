@@ -228,6 +228,13 @@ def pure_forward(model: nn.Module) -> Iterator[None]:
             empty()
 
 
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """Return the keys or places and the entries of a mapping or list that is not too long to look through."""
+    if not isinstance(value, dict | list) or len(value) > _MOST_ENTRIES:
+        return []
+    return list(value.items() if isinstance(value, dict) else enumerate(value))
+
+
 def parameter_references(model: nn.Module) -> Iterator[tuple[Any, Any, nn.Module, str]]:
     """Yield ``(container, key, module, name)`` of each plain attribute or list entry that is a parameter of the model.
 
@@ -245,8 +252,7 @@ def parameter_references(model: nn.Module) -> Iterator[tuple[Any, Any, nn.Module
         for key, value in vars(module).items():
             if key in _OWN:
                 continue
-            entries = value if isinstance(value, dict | list) and len(value) <= _MOST_ENTRIES else {}
-            for place, entry in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
+            for place, entry in _entries(value):
                 if id(entry) in owners:
                     yield value, place, *owners[id(entry)]
             if id(value) in owners:

@@ -18,6 +18,15 @@ from vitscope.core.guard.substituted_call import substituted_call
 MASK_TOKENS = frozenset({"mask_token", "mask_tokens"})
 
 
+def parameter_owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the module that holds each parameter, by all of its names."""
+    return {
+        f"{path}.{key}".strip("."): module
+        for path, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
 def ineffective_parameters(
     model: nn.Module, x: Inputs, values: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -48,20 +57,15 @@ def ineffective_parameters(
                 stack.callback(module.register_forward_hook(lambda m, _, out: _note_outputs(running, m, out)).remove)
         outputs = output_tensors(substituted_call(model, copies, x))
         ends = [t.sum() for t in outputs if t.requires_grad]
-    if (
-        not ends and not values
-    ):  # no parameter stands out: a measure that needs gradients refuses the outputs themselves
+    if not ends and not values:
+        # no parameter stands out: a measure that needs gradients refuses the outputs themselves
         return (), (), ()
     outside = outside_tensors(ends, [*copies.values(), *model.parameters()])
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
     ineffective = [name for name, gradient in zip(copies, gradients) if gradient is None]
     if values:
         ineffective = [name for name in ineffective if not _is_effective(model, moved[name], x)]
-    owners = {
-        f"{path}.{key}".strip("."): module
-        for path, module in model.named_modules()
-        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
-    }
+    owners = parameter_owners(model)
 
     def is_cut_off(name: str) -> bool:
         owner = owners[name]

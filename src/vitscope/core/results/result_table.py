@@ -1,4 +1,4 @@
-"""Tidy tables of results: a row a number, with its coordinates."""
+"""Tidy tables of results: one row per number, with its coordinates."""
 
 from __future__ import annotations
 
@@ -89,10 +89,12 @@ def _column(key: str, blocks: Sequence[Mapping[str, Any]]) -> Any:
 
     parts = [np.asarray(block[key]) for block in blocks if key in block and len(block["value"])]
     kinds = {part.dtype.kind for part in parts}
-    dtype = "float64" if key == "value" or (kinds <= set("fiub") and "f" in kinds) else "object"
-    if key != "value" and kinds and kinds <= set("iub"):
-        dtype = "Int64"
-    missing = None if dtype == "object" else (pd.NA if dtype == "Int64" else np.nan)
+    if key == "value" or (kinds <= set("fiub") and "f" in kinds):
+        dtype, missing = "float64", np.nan
+    elif kinds and kinds <= set("iub"):
+        dtype, missing = "Int64", pd.NA
+    else:
+        dtype, missing = "object", None
     cells = [
         np.asarray(block[key], dtype=object) if key in block else np.full(len(block["value"]), missing, dtype=object)
         for block in blocks

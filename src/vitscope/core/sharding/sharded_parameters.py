@@ -77,23 +77,42 @@ def plain_weights(model: nn.Module, *, keeps_shards: bool = False) -> Iterator[N
         yield
         return
     for module in model.modules():
-        if callable(reshard := getattr(module, "reshard", None)) and unsharded_class(module) is not None:
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard) and unsharded_class(module) is not None:
             reshard()  # what a pass without a gradient has left gathered
     plain: dict[int, nn.Parameter] = {}
     for name, p in model.named_parameters():
         plain[id(p)] = _local_shard(name, p) if keeps_shards and is_dtensor(p) else _whole(p)
-    changed: list[tuple[nn.Module, type, dict[str, nn.Parameter | None]]] = []
-    hooks = [(registry, dict(registry)) for module in model.modules() for registry in forward_hook_registries(module)]
+    with _without_shard_hooks(model), _reading_plain(model, plain):
+        yield
+
+
+@contextmanager
+def _without_shard_hooks(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks in which ``fully_shard`` gathers parameters; give all hooks back in their order."""
+    registries = [registry for module in model.modules() for registry in forward_hook_registries(module)]
+    hooks = [(registry, dict(registry)) for registry in registries]
     try:
         for registry, entries in hooks:
             for key, hook in entries.items():
                 if is_fully_shard_hook(hook):
                     del registry[key]
+        yield
+    finally:
+        for registry, entries in hooks:
+            registry.clear()
+            registry.update(entries)
+
+
+@contextmanager
+def _reading_plain(model: nn.Module, plain: Mapping[int, nn.Parameter]) -> Iterator[None]:
+    """Let modules read plain parameters, given by the id of their own ones; classes and parameters are given back."""
+    changed: list[tuple[nn.Module, type, dict[str, nn.Parameter | None]]] = []
+    try:
         for module in model.modules():
             registry = parameter_registry(module)
             changed.append((module, type(module), dict(registry)))
-            places = {key: plain[id(p)] for key, p in registry.items() if p is not None}
-            _read_plain(module, places)
+            _read_plain(module, {key: plain[id(p)] for key, p in registry.items() if p is not None})
         yield
     finally:
         for module, kind, parameters in changed:
@@ -101,9 +120,6 @@ def plain_weights(model: nn.Module, *, keeps_shards: bool = False) -> Iterator[N
             registry = parameter_registry(module)
             registry.clear()
             registry.update(parameters)
-        for registry, entries in hooks:
-            registry.clear()
-            registry.update(entries)
 
 
 def _read_plain(module: nn.Module, places: Mapping[str, nn.Parameter]) -> None:
@@ -114,9 +130,9 @@ def _read_plain(module: nn.Module, places: Mapping[str, nn.Parameter]) -> None:
     kind = unsharded_class(module) or type(module)
     properties = {key: _gathered(key, p.layout_of_whole) for key, p in places.items() if isinstance(p, LocalShard)}
     parameter_registry(module).update(places)
-    module.__class__ = (
-        type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__}) if properties else kind
-    )
+    if properties:
+        kind = type(kind.__name__, (kind,), {**properties, "__module__": kind.__module__})
+    module.__class__ = kind
 
 
 def _gathered(key: str, layout: ShardLayout) -> property:

@@ -3,7 +3,7 @@
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space" (NeurIPS 2020),
 with timm's choices: 15 operations, each of the chosen ones applied with probability 0.5, magnitude drawn from a
 normal distribution and clipped, random sign, bilinear or bicubic at random, fill with the mean color. The
-images of a batch are grouped by operation, so the cost is a few array operations a batch, not a call an image.
+images of a batch are grouped by operation, so the cost is a few array operations per batch, not a call an image.
 """
 
 from __future__ import annotations
@@ -169,9 +169,8 @@ def _apply(images: Bytes, choice: Choice, policy: Policy, fill: Bytes) -> None:
             images[image_indices] = plain(images[image_indices])
     for name, graded in _GRADED.items():
         if len(image_indices := np.flatnonzero(number == _NUMBER[name])):
-            images[image_indices] = graded(
-                images[image_indices], strength(name, choice, policy.increasing)[image_indices]
-            )
+            strengths = strength(name, choice, policy.increasing)[image_indices]
+            images[image_indices] = graded(images[image_indices], strengths)
     for bicubic in (False, True):
         same_filter = choice.bicubic == bicubic
         if len(image_indices := np.flatnonzero(same_filter & (number == _NUMBER["Rotate"]))):
@@ -184,14 +183,13 @@ def _apply(images: Bytes, choice: Choice, policy: Policy, fill: Bytes) -> None:
 def _shifted(images: Bytes, choice: Choice, image_indices: NDArray[np.int64], fill: Bytes, bicubic: bool) -> Bytes:
     """Shear or translate square images, those along y as their transposes along x."""
     size = images.shape[-1]
-    # two of (B, 1)
-    number, signed_level = choice.operation[image_indices, None], (choice.sign * choice.level)[image_indices, None]
-    shears = (number == _NUMBER["ShearX"]) | (number == _NUMBER["ShearY"])
-    shift = np.where(
-        shears, signed_level * 0.3 * (np.arange(size) + 0.5), signed_level * _MAX_TRANSLATION * size
-    )  # (B, H)
+    number = choice.operation[image_indices, None]  # (B, 1)
+    signed_level = (choice.sign * choice.level)[image_indices, None]  # (B, 1)
+    is_shear = (number == _NUMBER["ShearX"]) | (number == _NUMBER["ShearY"])
+    shear = signed_level * 0.3 * (np.arange(size) + 0.5)  # (B, H)
+    shift = np.where(is_shear, shear, signed_level * _MAX_TRANSLATION * size)  # (B, H)
     along_y = (number == _NUMBER["ShearY"]) | (number == _NUMBER["TranslateYRel"])
-    flipped = along_y[..., None, None]
+    flipped = along_y[..., None, None]  # (B, 1, 1, 1)
     # (B, 3, H, W), rows and columns exchanged where flipped
     upright = np.where(flipped, images.transpose(0, 1, 3, 2), images)
     shifted = ops.shift_rows(upright, shift, fill, bicubic=bicubic)

@@ -158,6 +158,18 @@ def _open_dataset(kind: type[CIFAR10], root: Path, **options: Any) -> CIFAR10:
         raise DataError("data.root", path, problem, fix) from error
 
 
+def _difference_text(differing: Mapping[str, str | None], folder: str) -> str:
+    """Return which files of a folder differ from the published ones, and which have no checksum since they cannot be read."""
+    missing = [name for name, md5 in differing.items() if md5 is None]
+    other = [name for name, md5 in differing.items() if md5 is not None]
+    texts = []
+    if other:
+        texts.append(f"{', '.join(other)} of {folder} differ")
+    if missing:
+        texts.append(f"{', '.join(missing)} of {folder} missing or not readable")
+    return "; ".join(texts)
+
+
 def _need_network(kind: type[CIFAR10], root: Path) -> None:
     try:
         request = urllib.request.Request(kind.url, method="HEAD")
@@ -166,17 +178,13 @@ def _need_network(kind: type[CIFAR10], root: Path) -> None:
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
         folder, archive = root / kind.base_folder, root / kind.filename
         damaged = [path.name for path in (archive, folder) if path.exists()]
-        problem = (
-            f"{' and '.join(damaged)} there differ from the published files" if damaged else f"no {archive.name} there"
-        )
+        problem = f"no {archive.name} there"
+        if damaged:
+            problem = f"{' and '.join(damaged)} there differ from the published files"
         problem += " and no network to download it"
         differing = _differing_files(kind, folder)
         if differing:
-            missing = [name for name, md5 in differing.items() if md5 is None]
-            other = [name for name, md5 in differing.items() if md5 is not None]
-            texts = [f"{', '.join(other)} of {kind.base_folder} differ"] if other else []
-            texts += [f"{', '.join(missing)} of {kind.base_folder} missing or not readable"] if missing else []
-            problem += f" ({'; '.join(texts)})"
+            problem += f" ({_difference_text(differing, kind.base_folder)})"
         fix = _remedy(kind)
         if differing and None not in differing.values():
             sums = ", ".join(f"{name}: {md5}" for name, md5 in differing.items())

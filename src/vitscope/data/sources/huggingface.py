@@ -127,10 +127,11 @@ def load(
     if source is None:
         report_once(f"data.name={name}: no {split} split: it is held out of {named['train']}")
     images = _images(tables[named["train"]], named["train"], name, image_column, label_column)
-    has_other = named["val"] is not None or named["test"] is not None
-    return _held_out(
-        images, split, 0.0 if has_other else test_share, 0.0 if named["val"] is not None else val_share, split_seed
-    )
+    if named["val"] is not None:
+        val_share = 0.0
+    if named["val"] is not None or named["test"] is not None:
+        test_share = 0.0
+    return _held_out(images, split, test_share, val_share, split_seed)
 
 
 def class_names(

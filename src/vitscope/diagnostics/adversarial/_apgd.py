@@ -73,9 +73,8 @@ class _Steps:
         self.size = torch.full_like(value, 2 * ball.radius, dtype=change.dtype)
         self._best_change, self._best_gradient, self._best = change, gradient, value
         self._last, self._best_at_checkpoint = value, value
-        self._reduced = torch.ones_like(
-            value, dtype=torch.bool
-        )  # the first checkpoint has none before it to compare with
+        # the first checkpoint has none before it to compare with
+        self._reduced = torch.ones_like(value, dtype=torch.bool)
         self._rises = torch.zeros_like(value)
         self._checkpoints = checkpoints(iterations)
         self._since, self._step = 0, 0

@@ -139,16 +139,16 @@ def _proposal_linf(ball: Ball, pixels: Tensor, change: Tensor, draws: list[_Draw
 def _proposal_l2(ball: Ball, pixels: Tensor, change: Tensor, draws: list[_Draws], query: int, side: int) -> Tensor:
     """Return the changes with the energy of one window, and what is left of the ball, moved into another one."""
     new = change.clone()
-    to, away = (_Windows(draws, query, pixels.shape, side, second) for second in (False, True))
+    target, source = (_Windows(draws, query, pixels.shape, side, second) for second in (False, True))
     union = torch.zeros_like(new)
-    to.put(union, 1.0)
-    away.put(union, 1.0)
+    target.put(union, 1.0)
+    source.put(union, 1.0)
     unused = (ball.radius**2 - new.square().sum(dim=(1, 2, 3), keepdim=True)).clamp_min(0.0)
     energy = (new * union).square().sum(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
     shapes = torch.stack([_rise_and_fall(side, bool(d.turned[query, 1])) for d in draws]).to(pixels)[:, None]
-    content = _unit(_channel_signs(draws, query, pixels) * shapes + _unit(to.of(new)))
-    away.put(new, 0.0)
-    to.put(new, content * (unused / pixels.shape[1] + energy).sqrt())
+    content = _unit(_channel_signs(draws, query, pixels) * shapes + _unit(target.of(new)))
+    source.put(new, 0.0)
+    target.put(new, content * (unused / pixels.shape[1] + energy).sqrt())
     return ball.into(_scaled(ball, new), pixels)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -206,10 +206,15 @@ def adversarial(
     members = [name for attack in attacks for name in (SUITE if attack == "suite" else (attack,))]
     stated = {name: settings.of(name) for name in dict.fromkeys(members)}
     suite = SUITE if "suite" in attacks else ()
-    surviving_shares = [row["left"] for (attack, _), row in zip(conditions, rows) if attack == "suite"]
     suite_accuracy = np.empty((0, len(epsilons)))
-    if surviving_shares:
+    if suite:
+        surviving_shares = [row["left"] for (attack, _), row in zip(conditions, rows) if attack == "suite"]
         suite_accuracy = np.array(surviving_shares, dtype=np.float64).T  # (n_members, n_epsilons)
+    card = probe.card(
+        loss=class_loss(probe), solver={"attacks": stated, "norm": norm, "suite": list(suite), "seed": seed}
+    )
+    if dtype is not None:
+        card = replace(card, dtype="float32")
     return AdversarialResult(
         attacks=tuple(attacks),
         epsilons=np.array(epsilons, dtype=np.float64),
@@ -226,11 +231,7 @@ def adversarial(
         clean_accuracy=clean.accuracy,
         clean_nll=clean.nll,
         n_images=clean.n_images,
-        card=probe.card(
-            loss=class_loss(probe),
-            solver={"attacks": stated, "norm": norm, "suite": list(suite), "seed": seed},
-            **({} if dtype is None else {"dtype": "float32"}),
-        ),
+        card=card,
     )
 
 

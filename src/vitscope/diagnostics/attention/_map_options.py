@@ -1,8 +1,9 @@
-"""Choices of layers and heads, and masks of objects, for attention maps."""
+"""Options of attention maps: choices of layers and heads, and masks of objects."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,31 @@ import torch
 from torch import Tensor
 
 from vitscope.core.probe import Probe
+from vitscope.diagnostics.attention._placement import Query
 from vitscope.models.structure.attention_units import AttentionUnit
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """Options of `attention_maps`, where they are explained.
+
+    Attributes:
+        images: Number of images whose maps are kept.
+        query: Query whose attention is mapped.
+        layers: Names or numbers of units; None for all.
+        heads: Numbers of heads; None for all.
+        mass: Share of a map's attention that its mask holds.
+        gradient: Whether gradients for a class are followed.
+        class_index: The class; None for the model's own decision.
+    """
+
+    images: int
+    query: Query
+    layers: Sequence[int | str] | None
+    heads: Sequence[int] | None
+    mass: float
+    gradient: bool
+    class_index: int | None
 
 
 def check_choices(layers: Sequence[int | str] | None, heads: Sequence[int] | None) -> None:

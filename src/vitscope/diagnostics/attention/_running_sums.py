@@ -31,7 +31,8 @@ class Sums:
         traced_units: Mapping[str, AttentionUnit] = MappingProxyType({}),
     ) -> None:
         self._traced_units = traced_units
-        self.means = [[RunningMean() for _ in range(3)] for _ in units]  # distance, entropy, share off the map
+        #: means of each unit: distance, entropy, and share off the map
+        self.means = tuple([RunningMean() for _ in units] for _ in range(3))
         self._shifts = shifts  # of the windows of each unit
         self._places: dict[int, Geometry] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -59,8 +60,8 @@ class Sums:
         self._called.add(index)
         weights = weights.unflatten(0, (self._n, -1)).double()  # (B, n_windows, heads, Q, K)
         place = self._places[index] = self._geometry(index, unit, *weights.shape[1:])
-        for mean, value in zip(self.means[index], _looked(weights, place)):
-            mean.add(value)
+        for means, value in zip(self.means, _looked(weights, place)):
+            means[index].add(value)
 
     def _geometry(self, index: int, unit: Unit, n_windows: int, n_heads: int, n_queries: int, n_keys: int) -> Geometry:
         """Return the places of tokens; of global attention those of the traced unit, where images are as large as its own."""

@@ -16,7 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import estimates
+from vitscope.core.running_mean import estimate_lists
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.attention._running_sums import Sums
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units
@@ -38,11 +38,11 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         depths: (n_units,) from 0 to 1, among all units of the model.
         n_heads: (n_units,).
         n_keys: (n_units,) keys of a query, class tokens included.
-        distance: (n_units, n_heads) one array a unit: pixels.
+        distance: (n_units, n_heads) one array per unit: pixels.
         distance_half_width: (n_units, n_heads) likewise, half their t-intervals over images; NaN with fewer than 128 images.
-        entropy: (n_units, n_heads) one array a unit: nats, at most ln(n_keys).
+        entropy: (n_units, n_heads) one array per unit: nats, at most ln(n_keys).
         entropy_half_width: (n_units, n_heads) likewise.
-        off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
+        off_map: (n_units, n_heads) one array per unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or over windows that are not shifted, would give.
         n_images: images used.
         card: conditions of the measurement.
@@ -149,8 +149,7 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     """
     units = _attending_units(probe, units)
     sums = _read(probe, units)
-    means = estimates([mean for unit_means in sums.means for mean in unit_means])
-    distance, entropy, off_map = means[0::3], means[1::3], means[2::3]
+    distance, entropy, off_map = estimate_lists(sums.means)
     repeated = set[int]().union(*distributed.gather_objects(sums.repeated))
     read = [i for i, estimate in enumerate(distance) if estimate.count and i not in repeated]
     if not read:
@@ -211,7 +210,7 @@ def _reasons_unread(units: Sequence[Unit], read: Sequence[int], repeated: Collec
     reasons = {}
     for i, unit in enumerate(units):
         if i in repeated:
-            reasons[unit.name] = "its module computes attention several times an image, left out"
+            reasons[unit.name] = "its module computes attention several times per image, left out"
         elif i not in read:
             reasons[unit.name] = "its attention weights cannot be read, left out"
     return reasons
@@ -221,7 +220,7 @@ def _causes_of_none(units: Sequence[Unit], repeated: Collection[int]) -> str:
     """Return why no unit was read, as the end of an error; arguments as of `_reasons_unread`."""
     causes = ""
     if repeated:
-        causes += "; their modules compute attention several times an image"
+        causes += "; their modules compute attention several times per image"
     names = [unit.name for unit in units if unit.attention is None]
     if names:
         others = f" and {len(names) - 1} more units" if len(names) > 1 else ""

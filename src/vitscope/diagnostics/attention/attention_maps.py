@@ -16,9 +16,15 @@ from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import estimates
+from vitscope.core.running_mean import estimate_lists
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.attention._map_options import check_choices, chosen_heads, chosen_layers, object_masks
+from vitscope.diagnostics.attention._map_options import (
+    MapOptions,
+    check_choices,
+    chosen_heads,
+    chosen_layers,
+    object_masks,
+)
 from vitscope.diagnostics.attention._map_sums import MapSums
 from vitscope.diagnostics.attention._placement import Query, check_query, resolved_query
 from vitscope.diagnostics.attention._rollout import rollout_refusal
@@ -26,7 +32,7 @@ from vitscope.diagnostics.attention._shown_images import shown_images
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units_of
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, PositiveShare
-from vitscope.stats.intervals import few_images
+from vitscope.stats.intervals import Estimate, few_images
 
 #: arrays of each layer, or one array where all layers have as many heads and positions
 LayerArrays = np.ndarray | tuple[np.ndarray, ...]
@@ -40,7 +46,7 @@ class AttentionMapsResult(
 ):
     """Maps of the first images, and means over all images of the probe; half widths belong to 95% t-intervals over images.
 
-    Arrays of layers are a tuple of one array a layer where these have different numbers of heads or positions. A network
+    Arrays of layers are a tuple of one array per layer where these have different numbers of heads or positions. A network
     without attention has no layers.
 
     Attributes:
@@ -129,7 +135,7 @@ def accumulate(
     class_index: NonNegativeInt | None = None,
 ) -> _Sums:
     """Return what `attention_maps` keeps between batches; arguments and errors are its own."""
-    return _Sums(probe, images, query, layers, heads, mass, gradient, class_index, None)
+    return _Sums(probe, MapOptions(images, query, layers, heads, mass, gradient, class_index))
 
 
 def _shown_images(workload: Workload, options: Options) -> int:
@@ -156,7 +162,7 @@ def attention_maps(
     class_index: NonNegativeInt | None = None,
     masks: Any = None,
 ) -> AttentionMapsResult:
-    """Return attention maps of the first images, and what they show on all images, from explicit attention weights.
+    """Return attention maps of the first images, and statistics over all images, from explicit attention weights.
 
     A map is the attention of one query on each position of the keys: windows are put back in place, shifted ones are unrolled,
     and keys of a coarser grid keep it. Rollout is the product over layers of ``0.5 A + 0.5 I``, A the mean over heads (Abnar and
@@ -186,7 +192,7 @@ def attention_maps(
         ValueError: residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
             outside of the image, a class that the model does not have, or masks of other images.
     """
-    sums = _Sums(probe, images, query, layers, heads, mass, gradient, class_index, masks)
+    sums = _Sums(probe, MapOptions(images, query, layers, heads, mass, gradient, class_index), masks)
     run_feature_pass(probe, [sums], "attention maps")
     return sums.result()
 
@@ -196,31 +202,21 @@ class _Sums(MapSums):
 
     reads_maps = False
 
-    def __init__(
-        self,
-        probe: Probe,
-        images: int,
-        query: Query,
-        layers: Sequence[int | str] | None,
-        heads: Sequence[int] | None,
-        mass: float,
-        gradient: bool,
-        class_index: int | None,
-        masks: Any,
-    ) -> None:
-        self.probe, self.gradient, self.class_index = probe, gradient, class_index
+    def __init__(self, probe: Probe, options: MapOptions, masks: Any = None) -> None:
+        self.probe, self.gradient, self.class_index = probe, options.gradient, options.class_index
         units, self.unread = attention_units_of(probe)
         self.attention_units: Sequence[AttentionUnit] = units
-        places = chosen_layers(units, layers)
         self.refusal = rollout_refusal(units, self.unread)
+        places = chosen_layers(units, options.layers)
+        layers = [units[place] for place in places]
         super().__init__(
             units,
             places,
-            chosen_heads([units[i] for i in places], heads),
-            query=resolved_query(probe.model, [units[i] for i in places], query),
-            mass=mass,
-            n_shown=images,
-            follows=images > 0 and not self.refusal,
+            chosen_heads(layers, options.heads),
+            query=resolved_query(probe.model, layers, options.query),
+            mass=options.mass,
+            n_shown=options.images,
+            follows=options.images > 0 and not self.refusal,
             masks=object_masks(probe, masks),
             batch_size=probe.batch_size,
         )
@@ -233,8 +229,9 @@ class _Sums(MapSums):
             self.probe, self.n_shown, self.units, self.query, self.class_index, self.follows and self.gradient
         )
         n = len(layers)
-        means = estimates([*self.sink, *self.entropy, *self.head_iou, *self.head_pairs, *self.mask_iou, self.layer_iou])
-        sink, entropy, head_iou, pairs, mask_iou = (means[i * n : (i + 1) * n] for i in range(5))
+        sink, entropy, head_iou, pairs, mask_iou, (layer_iou,) = estimate_lists(
+            [self.sink, self.entropy, self.head_iou, self.head_pairs, self.mask_iou, [self.layer_iou]]
+        )
         n_heads = [len(heads) for heads in self.heads]
         n_images = sum(distributed.gather_objects(self.n_images))
         self._say_what_is_null(layers, [e.mean for e in entropy], first_images.refusal, n_images)
@@ -246,21 +243,21 @@ class _Sums(MapSums):
             n_keys=np.array([unit.keys.shape[1] for unit in layers]),
             maps=_of_layers(maps, 5),
             prefix_attention=_of_layers(prefix, 4),
-            query=self.query if isinstance(self.query, str) else ", ".join(f"{side:g}" for side in self.query),
+            query=_query_text(self.query),
             rollout=followed,
             gradient_rollout=first_images.relevance,
             classes=first_images.classes,
-            sink_share=_of_layers([_filled(e.mean, heads) for e, heads in zip(sink, n_heads)]),
-            sink_share_half_width=_of_layers([_filled(e.half_width, heads) for e, heads in zip(sink, n_heads)]),
+            sink_share=_means_of_heads(sink, n_heads),
+            sink_share_half_width=_half_widths_of_heads(sink, n_heads),
             entropy=_of_layers([e.mean for e in entropy]),
             entropy_half_width=_of_layers([e.half_width for e in entropy]),
             head_iou=np.array([e.mean for e in head_iou]),
             head_iou_half_width=np.array([e.half_width for e in head_iou]),
             head_iou_pairs=_of_layers([e.mean for e in pairs], 3),
-            layer_iou=means[-1].mean.reshape(n, n) if n else np.zeros((0, 0)),
-            layer_iou_half_width=means[-1].half_width.reshape(n, n) if n else np.zeros((0, 0)),
-            mask_iou=_of_layers([_filled(e.mean, heads) for e, heads in zip(mask_iou, n_heads)]),
-            mask_iou_half_width=_of_layers([_filled(e.half_width, heads) for e, heads in zip(mask_iou, n_heads)]),
+            layer_iou=layer_iou.mean.reshape(n, n) if n else np.zeros((0, 0)),
+            layer_iou_half_width=layer_iou.half_width.reshape(n, n) if n else np.zeros((0, 0)),
+            mask_iou=_means_of_heads(mask_iou, n_heads),
+            mask_iou_half_width=_half_widths_of_heads(mask_iou, n_heads),
             mass=self.mass,
             images=first_images.pixels,
             n_images=n_images,
@@ -308,6 +305,18 @@ def _of_layers(arrays: Sequence[np.ndarray], n_axes: int = 2) -> LayerArrays:
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else tuple(arrays)
 
 
+def _means_of_heads(layers: Sequence[Estimate], n_heads: Sequence[int]) -> LayerArrays:
+    return _of_layers([_filled(layer.mean, heads) for layer, heads in zip(layers, n_heads)])
+
+
+def _half_widths_of_heads(layers: Sequence[Estimate], n_heads: Sequence[int]) -> LayerArrays:
+    return _of_layers([_filled(layer.half_width, heads) for layer, heads in zip(layers, n_heads)])
+
+
 def _filled(values: np.ndarray, n_heads: int) -> np.ndarray:
     """Return the values of heads, NaN where nothing was added."""
     return values if values.ndim else np.full(n_heads, np.nan)
+
+
+def _query_text(query: Query) -> str:
+    return query if isinstance(query, str) else ", ".join(f"{side:g}" for side in query)

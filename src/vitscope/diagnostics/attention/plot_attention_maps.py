@@ -97,25 +97,32 @@ def _without_attention(results: Mapping[str, AttentionMapsResult]) -> Figure:
 
 
 def _columns(results: Mapping[str, AttentionMapsResult], head: int | None) -> list[Column]:
+    if len(results) == 1:
+        return _columns_of_one(next(iter(results.values())), head)
+    return _columns_of_several({name: result for name, result in results.items() if result.units}, head, len(results))
+
+
+def _columns_of_one(result: AttentionMapsResult, head: int | None) -> list[Column]:
+    """Return layers spread over the depth, and the rollouts."""
+    layers = np.unique(np.linspace(0, len(result.units) - 1, _MOST_LAYERS).round().astype(int))
+    columns = [Column(result.units[layer], _of_head(result, int(layer), head)) for layer in layers]
+    if result.rollout is not None:
+        columns.append(Column("Rollout", result.rollout))
+    if result.gradient_rollout is not None:
+        columns.append(Column("Rollout\nof gradients", result.gradient_rollout))
+    return columns
+
+
+def _columns_of_several(results: Mapping[str, AttentionMapsResult], head: int | None, n_results: int) -> list[Column]:
+    """Return the last layer and the rollout of each result; of more than three results the rollout alone, where there is one."""
     columns: list[Column] = []
-    is_single = len(results) == 1
-    queries = {name: f"\nquery: {result.query}" for name, result in results.items()}
-    if len({result.query for result in results.values() if result.units}) == 1:
-        queries = dict.fromkeys(results, "")
+    has_one_query = len({result.query for result in results.values()}) == 1
     for name, result in results.items():
-        n_layers = len(result.units)
-        if not n_layers:
-            continue
-        n_drawn = _MOST_LAYERS if is_single else 1
-        rollouts = [("Rollout", result.rollout), ("Rollout\nof gradients", result.gradient_rollout)]
-        layers = np.unique(np.linspace(0, n_layers - 1, n_drawn).round().astype(int)) if is_single else [n_layers - 1]
-        if len(results) <= 3 or result.rollout is None:
-            for layer in layers:
-                title = result.units[layer] if is_single else f"{name}\n{result.units[layer]}{queries[name]}"
-                columns.append(Column(title, _of_head(result, int(layer), head)))
-        for title, maps in rollouts[: 2 if is_single else 1]:
-            if maps is not None:
-                columns.append(Column(title if is_single else f"{name}\n{title}{queries[name]}", maps))
+        query = "" if has_one_query else f"\nquery: {result.query}"
+        if n_results <= 3 or result.rollout is None:
+            columns.append(Column(f"{name}\n{result.units[-1]}{query}", _of_head(result, len(result.units) - 1, head)))
+        if result.rollout is not None:
+            columns.append(Column(f"{name}\nRollout{query}", result.rollout))
     return columns
 
 

@@ -92,11 +92,11 @@ def _draw_sizes(ax: Axes, result: HessianBlockDensitiesResult) -> None:
     for values, is_filled in ((result.largest, True), (mean, False)):
         ax.plot(index, np.where(values > 0, values, np.nan), color="0.7", linewidth=0.7, zorder=1)
         for kind in dict.fromkeys(result.kinds):
-            at = (np.array(result.kinds) == kind) & (values > 0)
+            is_drawn = (np.array(result.kinds) == kind) & (values > 0)
             color = kind_color(kind) if kind else "0.4"
             label = f"{KIND_LABELS.get(kind, 'Block')}, {'largest' if is_filled else 'mean'}"
             ax.errorbar(
-                index[at], values[at], None if is_filled else np.nan_to_num(half_width[at]),
+                index[is_drawn], values[is_drawn], None if is_filled else np.nan_to_num(half_width[is_drawn]),
                 marker=KIND_MARKERS.get(kind, "o"), color=color, markerfacecolor=color if is_filled else "white",
                 linestyle="none", markersize=3.5, elinewidth=0.8, label=label,
             )  # fmt: skip

@@ -49,13 +49,16 @@ def _resampled(
             values |= dict(zip([*([-1] if measured else []), *part], similarities))
         # one rank's numbers for all, as those of others may differ by rounding
         left_out = comparison.without_groups(pair, group_numbers(n)) if intervals and rank == 0 else None
-    merged = {
-        number: value for share in reversed(distributed.gather_objects(values)) for number, value in share.items()
-    }
-    nulls = [merged[draw] for draw in range(n_permutations)]
+    merged: dict[int, np.ndarray] = {}
+    for share in reversed(distributed.gather_objects(values)):
+        merged |= share
     left_out = distributed.gather_objects(left_out)[0]
-    empty = np.zeros((0, *pair.shape))
-    return merged[-1], empty if left_out is None else left_out, np.stack(nulls) if nulls else empty
+    if left_out is None:
+        left_out = np.zeros((0, *pair.shape))
+    nulls = np.zeros((0, *pair.shape))
+    if n_permutations:
+        nulls = np.stack([merged[draw] for draw in range(n_permutations)])
+    return merged[-1], left_out, nulls
 
 
 @contextmanager

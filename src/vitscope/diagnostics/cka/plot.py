@@ -29,7 +29,7 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
     n = len(results)
     columns = min(n, 3)
     rows = -(-n // columns)
-    canvas = new_canvas(COLUMN_WIDTH if columns == 1 else 2.3 * columns, 2.9 if columns == 1 else 2.5 * rows)
+    canvas = new_canvas(COLUMN_WIDTH, 2.9) if columns == 1 else new_canvas(2.3 * columns, 2.5 * rows)
     axes = canvas.grid(rows, columns).flatten()
     image: AxesImage | None = None
     for ax, (name, result) in zip(axes, results.items()):
@@ -79,24 +79,24 @@ def similarity(
     """
     measures = list(dict.fromkeys(name for result in results.values() for name in result.measures))
     n = len(results)
-    rows, columns = (n, len(measures)) if len(measures) > 1 else (-(-n // 3), min(n, 3))
-    width = COLUMN_WIDTH if rows * columns == 1 else 0.5 + 2.3 * columns
-    canvas = new_canvas(width, 2.9 if rows * columns == 1 else 0.4 + 2.3 * rows)
+    is_single_measure = len(measures) == 1
+    rows, columns = (-(-n // 3), min(n, 3)) if is_single_measure else (n, len(measures))
+    canvas = new_canvas(COLUMN_WIDTH, 2.9) if rows * columns == 1 else new_canvas(0.5 + 2.3 * columns, 0.4 + 2.3 * rows)
     grid = canvas.grid(rows, columns)
-    panels = grid if len(measures) > 1 else grid.reshape(-1, 1)  # (n or more, n_measures)
+    panels = grid.reshape(-1, 1) if is_single_measure else grid  # (n or more, n_measures)
     for column, measure in enumerate(measures):
         matrices = {name: _matrix(result, measure, minus_null) for name, result in results.items()}
         highest = vmax if vmax is not None else _highest(list(matrices.values()))
         image: AxesImage | None = None
-        for index, (name, result) in enumerate(results.items()):
-            ax, matrix = panels[index, column], matrices[name]
+        for index, (ax, (name, result)) in enumerate(zip(panels[:, column], results.items())):
+            matrix = matrices[name]
             if matrix is None:
                 ax.remove()
                 continue
             image = ax.imshow(matrix.T, origin="lower", vmin=0, vmax=highest, cmap=cmap, aspect="auto")
             ax.set_facecolor("0.6")
-            has_labels = len(measures) == 1 or index == n - 1, len(measures) == 1 or column == 0
-            _label(ax, name if column == 0 else "", result, measure, has_labels)
+            has_x_label, has_y_label = is_single_measure or index == n - 1, is_single_measure or column == 0
+            _label(ax, name if column == 0 else "", result, measure, (has_x_label, has_y_label))
         if image is not None:
             label = LABELS.get(measure, measure) + (" minus null" if minus_null else "")
             own_panels = [ax for ax in panels[:n, column] if ax.figure is not None]

@@ -172,24 +172,24 @@ def corruption(
     conditions = [CLEAN, *((name, severity) for name in names for severity in severities)]
     shape = (len(names), len(severities))
     reference = _published(probe, baseline, root, names, severities)
-    normalized = pixels_of(probe, mean, std)
-    rows = measured(probe, conditions, "model", source=source, pixels=normalized, seed=seed, partial=partial)
+
+    def measure(compared: Probe, name: str) -> Sequence[Mapping[str, Any]]:
+        pixels = pixels_of(compared, mean, std)
+        return measured(compared, conditions, name, source=source, pixels=pixels, seed=seed, partial=partial)
+
+    rows = measure(probe, "model")
     if other is not None:
-        other_pixels = pixels_of(other, mean, std)
-        other_rows = measured(
-            other, conditions, "other", source=source, pixels=other_pixels, seed=seed, partial=partial
-        )
-        reference = Baseline(
-            "another model", 1 - _table(other_rows, "accuracy", shape), 1 - float(other_rows[0]["accuracy"])
-        )
+        reference = _baseline_of_model(measure(other, "other"), shape)
     accuracy, clean = _table(rows, "accuracy", shape), float(rows[0]["accuracy"])
-    ce = corruption_errors(1 - accuracy, reference) if reference else np.empty(0)
-    relative = relative_errors(1 - accuracy, 1 - clean, reference) if reference else np.empty(0)
-    if reference:
+    ce = relative_ce = np.empty(0)
+    if reference is not None:
+        ce = corruption_errors(1 - accuracy, reference)
+        relative_ce = relative_errors(1 - accuracy, 1 - clean, reference)
         null = [name for name, errors in zip(names, reference.error) if errors.sum() == 0]
         warn_nulls("corruption", dict.fromkeys(null, "the baseline has no errors there to divide by"))
     correct = np.stack([row["correct"] for row in rows[1:]]).reshape(*shape, -1)  # (types, severities, images)
-    by_image = correct[_reported(names)].mean(axis=(0, 1))
+    reported = _reported(names)
+    by_image = correct[reported].mean(axis=(0, 1))
     return CorruptionResult(
         types=names,
         severities=np.array(severities),
@@ -199,17 +199,17 @@ def corruption(
         clean_accuracy=clean,
         clean_nll=float(rows[0]["nll"]),
         clean_ece=float(rows[0]["ece"]),
-        mean_accuracy=float(by_image.mean()) if np.isfinite(accuracy[_reported(names)]).all() else np.nan,
+        mean_accuracy=float(by_image.mean()) if np.isfinite(accuracy[reported]).all() else np.nan,
         mean_accuracy_standard_error=standard_error(by_image),
-        baseline=reference.name if reference else "",
+        baseline="" if reference is None else reference.name,
         ce=ce,
-        relative_ce=relative,
+        relative_ce=relative_ce,
         mce=_mean(ce, names),
-        relative_mce=_mean(relative, names),
+        relative_mce=_mean(relative_ce, names),
         source="generated" if source is None else type(source).__name__.lower(),
         n_images=len(by_image),
         type_standard_error=np.array([standard_error(images) for images in correct.mean(axis=1)]),
-        severity_standard_error=np.array([standard_error(images) for images in correct[_reported(names)].mean(axis=0)]),
+        severity_standard_error=np.array([standard_error(images) for images in correct[reported].mean(axis=0)]),
         clean_standard_error=standard_error(np.asarray(rows[0]["correct"], np.float64)),
         card=probe.card(loss=class_loss(probe), solver={"corruptions": root or "generated", "seed": seed}),
     )
@@ -222,6 +222,11 @@ def _published(
         data = str(probe.about.get("data", "")).partition(",")[0]
         baseline = data if root is not None and data in ALEXNET else "none"
     return None if baseline == "none" else alexnet(baseline, names, severities)
+
+
+def _baseline_of_model(rows: Sequence[Mapping[str, Any]], shape: tuple[int, int]) -> Baseline:
+    """Return the errors of another model, measured under the same conditions, as the baseline."""
+    return Baseline("another model", 1 - _table(rows, "accuracy", shape), 1 - float(rows[0]["accuracy"]))
 
 
 def _table(rows: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Is the end of training a minimum or a saddle, and of which objective?"""
+"""Kind of the point at which training ended: a minimum, a saddle or neither, for the stated objective."""
 
 from __future__ import annotations
 
@@ -294,10 +294,10 @@ def _loss(operators: Curvatures, offset: Tensor | None) -> float:
     """Return the objective on all batches, with the analyzed parameters moved by ``offset (size,)``."""
     point: dict[str, Tensor] = dict(operators.model.named_parameters())
     if offset is not None:
-        at = 0
+        start = 0
         for name, p in operators.parameters.items():
-            point[name] = p + offset[at : at + p.numel()].view_as(p)
-            at += p.numel()
+            point[name] = p + offset[start : start + p.numel()].view_as(p)
+            start += p.numel()
     total = torch.zeros((), dtype=torch.float64, device=operators.probe.device)
     with distributed.failing_together():
         for _, (x, y) in operators.probe.local_batches():

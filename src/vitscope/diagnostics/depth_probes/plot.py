@@ -73,12 +73,12 @@ def _all_accuracies(ax: Axes, result: DepthProbesResult) -> None:
     """Draw the accuracies of one result, each in a color of its own."""
     for number, (field, (label, marker, line)) in enumerate(ACCURACIES.items()):
         values, interval = getattr(result, field), getattr(result, f"{field}_interval")
-        at = np.flatnonzero(np.isfinite(values))
-        if not len(at):
+        taps = np.flatnonzero(np.isfinite(values))
+        if not len(taps):
             continue
-        bars = np.stack([values[at] - interval[at, 0], interval[at, 1] - values[at]])
+        bars = np.stack([values[taps] - interval[taps, 0], interval[taps, 1] - values[taps]])
         ax.errorbar(
-            result.depths[at], values[at], np.maximum(bars, 0), fmt=marker, linestyle=line, color=result_color(number),
+            result.depths[taps], values[taps], np.maximum(bars, 0), fmt=marker, linestyle=line, color=result_color(number),
             label=label, markersize=3, elinewidth=0.8,
         )  # fmt: skip
     if np.isfinite(result.model_accuracy):
@@ -91,9 +91,9 @@ def _compared_accuracies(ax: Axes, results: Mapping[str, DepthProbesResult], fie
     for index, (name, result) in enumerate(results.items()):
         values, interval = getattr(result, field), getattr(result, f"{field}_interval")
         color = result_color(index)
-        at = np.flatnonzero(np.isfinite(values))
-        ax.plot(result.depths[at], values[at], "o-", color=color, markersize=3, label=name)
-        ax.fill_between(result.depths[at], *interval[at].T, color=color, alpha=0.2, linewidth=0)
+        taps = np.flatnonzero(np.isfinite(values))
+        ax.plot(result.depths[taps], values[taps], "o-", color=color, markersize=3, label=name)
+        ax.fill_between(result.depths[taps], *interval[taps].T, color=color, alpha=0.2, linewidth=0)
         if np.isfinite(result.model_accuracy):
             ax.axhline(result.model_accuracy, color=color, linewidth=0.8, zorder=0)
     if not any(np.isfinite(getattr(result, field)).any() for result in results.values()):
@@ -110,11 +110,11 @@ def _curve(ax: Axes, result: DepthProbesResult, field: str, index: int) -> bool:
     """Draw a curve with the band of its interval; return whether there is any value."""
     values, half_widths = getattr(result, field), getattr(result, f"{field}_half_width")
     color = result_color(index)
-    at = np.flatnonzero(np.isfinite(values))
-    ax.plot(result.depths[at], values[at], "o-", color=color, markersize=3)
-    if not len(at):
+    taps = np.flatnonzero(np.isfinite(values))
+    ax.plot(result.depths[taps], values[taps], "o-", color=color, markersize=3)
+    if not len(taps):
         return False
-    has_interval = at[np.isfinite(half_widths[at])]
+    has_interval = taps[np.isfinite(half_widths[taps])]
     low = values - half_widths
     low = np.maximum(low, values.min(initial=np.inf, where=np.isfinite(values)) / 10) if field == "nc1" else low
     ax.fill_between(

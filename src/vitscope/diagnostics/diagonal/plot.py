@@ -24,10 +24,16 @@ def hessian_diagonal(results: Mapping[str, HessianDiagonalResult]) -> Figure:
     for ax, (name, result) in zip(axes, results.items()):
         index = np.arange(len(result.parameters))
         for kind in dict.fromkeys(result.kinds):
-            at = np.array(result.kinds) == kind
-            ax.vlines(index[at], *result.quantiles[at][:, [0, 2]].T, color=kind_color(kind), linewidth=1, alpha=0.6)
+            is_of_kind = np.array(result.kinds) == kind
+            ax.vlines(
+                index[is_of_kind],
+                *result.quantiles[is_of_kind][:, [0, 2]].T,
+                color=kind_color(kind),
+                linewidth=1,
+                alpha=0.6,
+            )
             ax.plot(
-                index[at], result.mean[at], KIND_MARKERS.get(kind, "."), color=kind_color(kind), markersize=3,
+                index[is_of_kind], result.mean[is_of_kind], KIND_MARKERS.get(kind, "."), color=kind_color(kind), markersize=3,
                 label=KIND_LABELS.get(kind, kind),
             )  # fmt: skip
         ax.axhline(0, color="0.6", linewidth=0.6, zorder=0)

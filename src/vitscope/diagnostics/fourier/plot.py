@@ -59,13 +59,16 @@ def relative_log_amplitude(
     for row, (name, result) in zip(axes, results.items()):
         for ax, what in zip(row, views):
             ax.set_title(name)
-            _over_frequency(canvas, ax, result, curve, axis) if what == "frequency" else _over_depth(ax, result, curve)
+            if what == "frequency":
+                _over_frequency(canvas, ax, result, curve, axis)
+            else:
+                _over_depth(ax, result, curve)
     if "frequency" in views:  # the lines set the limits, also where intervals are wider
         plotted_values = np.concatenate([y for result in results.values() for y in getattr(result, CURVES[curve][0])])
-        plotted_values = (
-            plotted_values[np.isfinite(plotted_values)] if np.isfinite(plotted_values).any() else np.zeros(1)
-        )
-        axes[0, 0].set_ylim(plotted_values.min() - 0.3, plotted_values.max() + 0.3)
+        finite_values = plotted_values[np.isfinite(plotted_values)]
+        if not len(finite_values):
+            finite_values = np.zeros(1)
+        axes[0, 0].set_ylim(finite_values.min() - 0.3, finite_values.max() + 0.3)
     for ax, what in zip(axes[-1], views):
         ax.set_xlabel(DEPTH_LABEL if what == "depth" else _frequency_label(axis))
     shared_legend(canvas, [row[-1] for row in axes])

@@ -39,11 +39,11 @@ def _curves(ax: Axes, result: BranchTransferResult) -> None:
 
 def _contrasts(ax: Axes, result: BranchTransferResult) -> None:
     for kind in dict.fromkeys(result.kinds):
-        at = np.array(result.kinds) == kind
+        is_of_kind = np.array(result.kinds) == kind
         ax.errorbar(
-            result.depths[at],
-            result.contrast[at],
-            result.contrast_half_width[at],
+            result.depths[is_of_kind],
+            result.contrast[is_of_kind],
+            result.contrast_half_width[is_of_kind],
             **_format(kind),
             markersize=3.5,
             elinewidth=0.8,

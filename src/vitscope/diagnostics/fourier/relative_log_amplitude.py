@@ -16,7 +16,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.fourier._spectrum import EPS, Spectrum, SpectrumPath, frequencies, spectrum, varies
@@ -29,7 +29,7 @@ from vitscope.stats.intervals import Estimate, check_level, few_images
 class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequency": "normalized_frequency"}):
     """Spectra of the feature maps after each unit; natural logarithms, frequencies in units of pi.
 
-    Tuples hold one array a tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
+    Tuples hold one array per tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
 
     Attributes:
         taps: (n_taps) names in the order of the forward pass.
@@ -106,7 +106,7 @@ def accumulate(
 
 
 def _result_bytes(workload: Workload, options: Options) -> float | None:
-    """Return the bytes of stages, depths, sizes, six numbers a tap and six curves over its bins."""
+    """Return the bytes of stages, depths, sizes, six numbers per tap and six curves over its bins."""
     if workload.map_sizes is None:
         return None
     n_bins = [len(frequencies(size, str(options["path"]))) for size in workload.map_sizes]
@@ -119,7 +119,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 def relative_log_amplitude(
     probe: Probe, *, path: SpectrumPath = "diagonal", level: OpenUnitInterval = 0.95, eps: NonNegativeFloat = EPS
 ) -> RelativeLogAmplitudeResult:
-    """Measure the relative log amplitude of the feature maps at every tap, in one forward pass a batch.
+    """Measure the relative log amplitude of the feature maps at every tap, in one forward pass per batch.
 
     The paper's definition (section 2 and its official notebook): log(|FFT2| + eps) of each map, mean over images and
     channels after the logarithm, along the half diagonal of the centered spectrum, minus its value at frequency 0.
@@ -177,54 +177,50 @@ class _Sums:
 
     def result(self) -> RelativeLogAmplitudeResult:
         """Return the curves and their intervals."""
-        card = self.probe.card(solver={"path": self.path, "eps": self.eps})
-        return _result(self.probe.taps, self, self.path, self.level, card)
+        taps = self.probe.taps
+        curves, powers, changes = estimate_lists([self.curves, self.powers, self.changes], self.level)
+        sizes, varying = self._gathered()
+        reasons = [_null_reason(i, sizes, curve, varying) for i, curve in enumerate(curves)]
+        n_images = max(curve.count for curve in curves)
+        warn_nulls("relative_log_amplitude", {tap.name: reason for tap, reason in zip(taps, reasons) if reason})
+        warn_nulls("relative_log_amplitude", few_images(n_images))
+        map_sizes = [sizes.get(i, (0, 0)) for i in range(len(taps))]
+        frequency = [frequencies(size, self.path) if size[0] else np.empty(0) for size in map_sizes]
+        is_null = np.array([bool(reason) for reason in reasons])
+        is_null_change = is_null | np.append(True, is_null[:-1])  # this tap is null, or the one before
+        rows = [_curves(*row) for row in zip(curves, map_sizes, is_null)]
+        columns = {key: tuple(row[key] for row in rows) for key in rows[0]}
+        return RelativeLogAmplitudeResult(
+            **tap_fields(taps),
+            map_sizes=np.array(map_sizes),
+            normalized_frequency=tuple(frequency),
+            paper_frequency=tuple(np.linspace(0, 1, len(f)) for f in frequency),
+            **columns,
+            high_frequency=_last_bins(columns["log_amplitude"]),
+            high_frequency_half_width=_last_bins(columns["log_amplitude_half_width"]),
+            high_frequency_first_ac=_last_bins(columns["log_amplitude_first_ac"]),
+            high_frequency_change=_scalars([change.mean for change in changes], is_null_change),
+            high_frequency_change_half_width=_scalars([change.half_width for change in changes], is_null_change),
+            ac_high_share=_scalars([_high_share(power.mean, f) for power, f in zip(powers, frequency)], is_null),
+            level=self.level,
+            n_images=n_images,
+            card=self.probe.card(solver={"path": self.path, "eps": self.eps}),
+        )
+
+    def _gathered(self) -> tuple[dict[int, tuple[int, int]], set[int]]:
+        """Return the sizes of the maps by tap, and the taps that varied, of all ranks."""
+        sizes: dict[int, tuple[int, int]] = {}
+        varying: set[int] = set()
+        for rank_sizes, rank_varying in gather_objects((self.sizes, self.varying)):
+            sizes.update(rank_sizes)
+            varying |= rank_varying
+        return sizes, varying
 
 
-def _result(
-    taps: Sequence[Any], sums: _Sums, path: str, level: float, card: ObjectiveCard
-) -> RelativeLogAmplitudeResult:
-    n = len(taps)
-    means = estimates([*sums.curves, *sums.powers, *sums.changes], level)
-    curves, powers, changes = means[:n], means[n : 2 * n], means[2 * n :]
-    sizes: dict[int, tuple[int, int]] = {}
-    varying: set[int] = set()
-    for rank_sizes, rank_varying in gather_objects((sums.sizes, sums.varying)):
-        sizes.update(rank_sizes)
-        varying |= rank_varying
-    reasons = [_null_reason(i, sizes, curves[i], varying) for i in range(n)]
-    named = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
-    n_images = max(curve.count for curve in curves)
-    warn_nulls("relative_log_amplitude", named)
-    warn_nulls("relative_log_amplitude", few_images(n_images))
-    shapes = [sizes.get(i, (0, 0)) for i in range(n)]
-    frequency = [frequencies(size, path) if size[0] else np.empty(0) for size in shapes]
-    null = np.array([bool(reason) for reason in reasons])
-    either = null | np.append(True, null[:-1])  # this tap or the one before
-    rows = [_curves(curves[i], shapes[i], bool(null[i])) for i in range(n)]
-    last = {key: np.array([row[key][-1] if row[key].size > 1 else np.nan for row in rows]) for key in rows[0]}
-    columns = {key: tuple(row[key] for row in rows) for key in rows[0]}
-    return RelativeLogAmplitudeResult(
-        **tap_fields(taps),
-        map_sizes=np.array(shapes),
-        normalized_frequency=tuple(frequency),
-        paper_frequency=tuple(np.linspace(0, 1, len(f)) for f in frequency),
-        **columns,
-        high_frequency=last["log_amplitude"],
-        high_frequency_half_width=last["log_amplitude_half_width"],
-        high_frequency_first_ac=last["log_amplitude_first_ac"],
-        high_frequency_change=_scalars([c.mean for c in changes], either),
-        high_frequency_change_half_width=_scalars([c.half_width for c in changes], either),
-        ac_high_share=_scalars([_high_share(p.mean, f) for p, f in zip(powers, frequency)], null),
-        level=level,
-        n_images=n_images,
-        card=card,
-    )
-
-
-def _curves(curve: Estimate, size: tuple[int, int], null: bool) -> Mapping[str, np.ndarray]:
+def _curves(curve: Estimate, size: tuple[int, int], is_null: bool) -> Mapping[str, np.ndarray]:
+    """Return the curves of a tap ``(n_bins,)`` by the names of the result's fields."""
     mean, half_width = np.atleast_1d(curve.mean).copy(), np.atleast_1d(curve.half_width).copy()
-    if null:
+    if is_null:
         mean[1:] = half_width[1:] = np.nan
     corrected = mean.copy()
     corrected[1:] += 0.5 * np.log(max(size[0] * size[1], 1))
@@ -243,8 +239,13 @@ def _high_share(power: np.ndarray, frequency: np.ndarray) -> float:
     return float(power[frequency > 0.5].sum() / total) if total > 0 else float("nan")
 
 
-def _scalars(values: Sequence[Any], null: np.ndarray) -> np.ndarray:
-    return np.where(null, np.nan, np.array([float(value) for value in values]))
+def _last_bins(curves: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the value of each curve at its highest frequency; NaN where it has none but 0."""
+    return np.array([curve[-1] if curve.size > 1 else np.nan for curve in curves])
+
+
+def _scalars(values: Sequence[Any], is_null: np.ndarray) -> np.ndarray:
+    return np.where(is_null, np.nan, np.array([float(value) for value in values]))
 
 
 def _null_reason(index: int, sizes: Mapping[int, tuple[int, int]], curve: Estimate, varying: set[int]) -> str:

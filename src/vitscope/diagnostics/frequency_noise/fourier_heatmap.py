@@ -67,8 +67,8 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     """Return an evaluation of the clean images and of each wave; a wave and its mirror image are one."""
     (h, w), n = workload.image_size, options.get("n")
     rows, columns = _lowest(h, n), _lowest(w, n)
-    n_waves = len({_canonical(int(k), int(l), h, w) for k in rows for l in columns})
-    works = [changed_evaluations(workload, n_waves), *guard_checks(workload)]
+    waves, _ = _waves(rows, columns, h, w)
+    works = [changed_evaluations(workload, len(waves)), *guard_checks(workload)]
     n_bins = len(rows) * len(columns)
     return MeasureCost(works, result_bytes=ENTRY * (2 * n_bins + len(rows) + len(columns)))
 
@@ -116,29 +116,33 @@ def fourier_heatmap(
     x, _ = next(iter(probe.batches))
     h, w = int(x.shape[-2]), int(x.shape[-1])
     rows, columns = _lowest(h, n), _lowest(w, n)
-    # each pair of mirror images once; at even sizes -h/2 is its own mirror image
-    pairs = {_canonical(int(k), int(l), h, w): None for k in rows for l in columns}
-    bins = list(pairs)
+    waves, wave_of_bin = _waves(rows, columns, h, w)
 
-    def change(images: Tensor, batch: int, v: int) -> Tensor:
-        wave = rms * plane_wave(h, w, *bins[v]) / deviation  # (C or 1, h, w)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, batch, v]).generate_state(1)[0]))
+    def add_wave(images: Tensor, batch: int, number: int) -> Tensor:
+        wave = rms * plane_wave(h, w, *waves[number]) / deviation  # (C or 1, h, w)
+        entropy = np.random.SeedSequence([seed, batch, number])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
         signs = torch.randint(0, 2, (*images.shape[:2], 1, 1), generator=generator) * 2 - 1
         return images + (signs * wave).to(images)
 
     means = Means(answers=("wrong",))
-    names = [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in bins]
+    names = [f"{k},{l}-rms-{rms:g}-seed-{seed}" for k, l in waves]
     with failing_together():
-        for _, correct, _ in perturbed(probe, names, change, "heat map", partial):
+        for _, correct, _ in perturbed(probe, names, add_wave, "heat map", partial):
             means.add(wrong=1 - correct.T)
-    wrong = means.finish(level)["wrong"]
-    nulls = {f"the wave {b}": "logits are not finite" for b, e in zip(bins, wrong.mean[1:]) if not np.isfinite(e)}
-    warn_nulls("fourier_heatmap", nulls | ({"the intervals": "a single image"} if wrong.count == 1 else {}))
-    place = {pair: 1 + v for v, pair in enumerate(bins)}
-    where = np.array([[place[_canonical(int(k), int(l), h, w)] for l in columns] for k in rows])
+    wrong = means.finish(level)["wrong"]  # of clean images, and of each wave
+    nulls = {
+        f"the wave {wave}": "logits are not finite"
+        for wave, error_rate in zip(waves, wrong.mean[1:])
+        if not np.isfinite(error_rate)
+    }
+    if wrong.count == 1:
+        nulls["the intervals"] = "a single image"
+    warn_nulls("fourier_heatmap", nulls)
     return FourierHeatmapResult(
-        error_rate=wrong.mean[where],
-        error_rate_half_width=wrong.half_width[where],
+        # (1 + n_waves,) to (n_rows, n_columns)
+        error_rate=wrong.mean[1:][wave_of_bin],
+        error_rate_half_width=wrong.half_width[1:][wave_of_bin],
         vertical=2 * rows / h,
         horizontal=2 * columns / w,
         clean_error_rate=float(wrong.mean[0]),
@@ -161,6 +165,17 @@ def _lowest(size: int, n: int | None) -> np.ndarray:
     """Return the bins -size//2 ... of an axis in ascending order, or the n lowest, 0 at index n // 2."""
     count = size if n is None else min(n, size)
     return np.arange(count) - count // 2
+
+
+def _waves(rows: np.ndarray, columns: np.ndarray, h: int, w: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Return the bins of the different waves, and the number of its wave for each bin, ``(n_rows, n_columns)``.
+
+    A wave and its mirror image are one; at even sizes the bin -h/2 is its own mirror image.
+    """
+    pairs = [[_canonical(int(k), int(l), h, w) for l in columns] for k in rows]
+    waves = list(dict.fromkeys(pair for row in pairs for pair in row))
+    numbers = {pair: number for number, pair in enumerate(waves)}
+    return waves, np.array([[numbers[pair] for pair in row] for row in pairs])
 
 
 def _canonical(k: int, l: int, h: int, w: int) -> tuple[int, int]:

@@ -192,15 +192,15 @@ def frequency_noise_robustness(
     with failing_together():
         for losses, correct, n_classes in perturbed(probe, names, change, "band noise", partial):
             difference = (correct[1:] - correct[0]).reshape(len(scales), len(used), -1)  # (n_rms, n_used, B)
-            at = scales.index(float(rms))
+            row = scales.index(float(rms))
             third = max(1, len(used) // 3)
-            contrast = difference[at, -third:].mean(0) - difference[at, :third].mean(0)
+            contrast = difference[row, -third:].mean(0) - difference[row, :third].mean(0)
             contrast = contrast if len(used) > 1 else np.full_like(contrast, np.nan)
-            nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[at]  # (n_used, B)
+            nll = (losses[1:] - losses[0]).reshape(len(scales), len(used), -1)[row]  # (n_used, B)
             means.n_classes = n_classes
             means.add(clean_nll=losses[0], clean_accuracy=correct[0], nll=nll.T, contrast=contrast)
             means.add(accuracy=np.moveaxis(difference, -1, 0))  # (B, n_rms, n_used)
-            after = correct[1:].reshape(difference.shape)[at]  # (n_used, B)
+            after = correct[1:].reshape(difference.shape)[row]  # (n_used, B)
             means.add(wrong=1 - (after * correct[0]).T, contrasted=np.where(np.isnan(contrast), np.nan, contrast != 0))
     solver = {"construction": construction, "n_bands": n_bands, "rms": rms, "std": deviation.flatten().tolist()}
     card = probe.card(solver={**solver, "seed": seed})
@@ -235,7 +235,7 @@ def _result(
     means: Means, bands: _Bands, used: np.ndarray, scales: list[float], rms: float, level: float, card: ObjectiveCard
 ) -> FrequencyNoiseRobustnessResult:
     estimates = means.finish(level)
-    at = scales.index(rms)
+    row = scales.index(rms)
     n = len(bands.centers)
 
     def spread(values: np.ndarray) -> np.ndarray:
@@ -246,20 +246,20 @@ def _result(
     clean, chance = float(estimates["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
     change = spread(estimates["accuracy"].mean)
     contrasted = np.rint(estimates["contrasted"].mean * estimates["contrasted"].count)  # NaN where there is no contrast
-    _warn(bands, change[at], clean, chance)
+    _warn(bands, change[row], clean, chance)
     warn_nulls("frequency_noise_robustness", few_images(estimates["nll"].count))
     return FrequencyNoiseRobustnessResult(
         normalized_frequency=bands.centers,
         band_edges=bands.edges,
         band_sizes=bands.sizes,
         band_rms=np.where(bands.sizes > 0, rms * bands.unit_rms, np.nan),
-        accuracy_change=change[at],
-        accuracy_change_half_width=spread(estimates["accuracy"].half_width)[at],
+        accuracy_change=change[row],
+        accuracy_change_half_width=spread(estimates["accuracy"].half_width)[row],
         nll_change=spread(estimates["nll"].mean),
         nll_change_half_width=spread(
             where_enough_wrong(estimates["nll"].half_width, estimates["wrong"].mean * estimates["wrong"].count)
         ),
-        relative_change=change[at] / (clean - chance) if clean > chance else np.full(n, np.nan),
+        relative_change=change[row] / (clean - chance) if clean > chance else np.full(n, np.nan),
         high_minus_low=float(estimates["contrast"].mean),
         high_minus_low_half_width=float(estimates["contrast"].half_width)
         if contrasted >= LEAST_EVENTS

@@ -74,8 +74,8 @@ def input_filter(results: Mapping[str, InputFilterResult]) -> Figure:
     for ax, passband, x, side in ((low, "up to", 1.0, "right"), (high, "above", 0.0, "left")):  # where no curve is
         chance = min(result.chance for result in results.values())
         ax.axhline(100 * chance, color="0.5", linestyle="--", linewidth=0.8)
-        at = {"xytext": (0, 2), "textcoords": "offset points", "ha": side, "fontsize": "small"}
-        ax.annotate("Chance", (x, 100 * chance), color="0.4", **at)
+        label_style = {"xytext": (0, 2), "textcoords": "offset points", "ha": side, "fontsize": "small"}
+        ax.annotate("Chance", (x, 100 * chance), color="0.4", **label_style)
         ax.set_xlim(0, 1)
         ax.set_xlabel(rf"Frequencies kept {passband} ($\times\pi$ rad/pixel)")
     low.set_ylabel("Accuracy (%)")
@@ -112,8 +112,8 @@ def shape_bias(results: Mapping[str, ShapeBiasResult]) -> Figure:
         ends = [[result.shape_bias - result.shape_bias_low], [result.shape_bias_high - result.shape_bias]]
         ax.errorbar([result.shape_bias], [row], xerr=ends, marker=MARKERS[row % len(MARKERS)], color=result_color(row))
         other = 1 - (result.shape_decisions + result.texture_decisions) / result.n_conflicts
-        at = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
-        ax.annotate(f"Neither cue: {100 * other:.0f}%", (np.clip(result.shape_bias, 0.2, 0.8), row), **at)
+        label_style = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
+        ax.annotate(f"Neither cue: {100 * other:.0f}%", (np.clip(result.shape_bias, 0.2, 0.8), row), **label_style)
     ax.axvline(0.5, color="0.6", linewidth=0.6, zorder=0)
     ax.set_yticks(range(len(results)), [name or "model" for name in results])
     ax.set_ylim(len(results) - 0.5, -0.5)

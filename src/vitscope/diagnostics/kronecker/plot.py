@@ -27,16 +27,15 @@ def curvature_exponents(results: Mapping[str, CurvatureExponentsResult]) -> Figu
     for (points, layers), (name, result) in zip(axes, results.items()):
         index = np.arange(len(result.layers))
         for kind in result.groups:
-            at = np.array(result.kinds) == kind
+            is_of_kind = np.array(result.kinds) == kind
             color, marker = kind_color(kind), KIND_MARKERS.get(kind, ".")
-            for s, h in zip(
-                result.singular_values[at], np.where(result.curvatures[at] > 0, result.curvatures[at], np.nan)
-            ):
-                points.plot(s, h, color=color, linewidth=0.8, marker=marker, markersize=2.5, alpha=0.7)
-            half = np.nan_to_num(result.exponent_half_widths[at])
+            curvatures = np.where(result.curvatures > 0, result.curvatures, np.nan)
+            for sigma, curvature in zip(result.singular_values[is_of_kind], curvatures[is_of_kind]):
+                points.plot(sigma, curvature, color=color, linewidth=0.8, marker=marker, markersize=2.5, alpha=0.7)
+            half = np.nan_to_num(result.exponent_half_widths[is_of_kind])
             layers.errorbar(
-                index[at], result.exponents[at], half, color=color, marker=marker, linestyle="none", markersize=3.5,
-                elinewidth=0.8, label=KIND_LABELS.get(kind, kind),
+                index[is_of_kind], result.exponents[is_of_kind], half, color=color, marker=marker, linestyle="none",
+                markersize=3.5, elinewidth=0.8, label=KIND_LABELS.get(kind, kind),
             )  # fmt: skip
         points.set(xscale="log", yscale="log", ylabel="Curvature $h_k$", title=name)
         for exponent in (1, 2):
@@ -67,13 +66,13 @@ def kronecker_factors(results: Mapping[str, KroneckerFactorsResult]) -> Figure:
         )
         for ax, spectra, exponents, half_widths, fill in parts:
             for kind in result.groups:
-                at = np.array(result.kinds) == kind
+                is_of_kind = np.array(result.kinds) == kind
                 color = kind_color(kind)
-                for values in spectra[at]:
+                for values in spectra[is_of_kind]:
                     positive = np.where(values > 0, values, np.nan)
                     ax.plot(np.arange(1, len(values) + 1), positive / values[0], color=color, linewidth=0.8, alpha=0.7)
                 row[2].errorbar(
-                    index[at], exponents[at], np.nan_to_num(half_widths[at]), color=color, fillstyle=fill,
+                    index[is_of_kind], exponents[is_of_kind], np.nan_to_num(half_widths[is_of_kind]), color=color, fillstyle=fill,
                     marker=KIND_MARKERS.get(kind, "."), linestyle="none", markersize=3.5, elinewidth=0.8,
                     label=KIND_LABELS.get(kind, kind) if fill == "full" else None,
                 )  # fmt: skip

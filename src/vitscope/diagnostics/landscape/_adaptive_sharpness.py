@@ -211,13 +211,13 @@ class _Search:
         """Return the images of a group, cut from the probe's batches."""
         if self._group[0] != group:
             first, last = group * self._options.m_images, (group + 1) * self._options.m_images
-            pieces, at = [], 0
+            pieces, start = [], 0
             for x, y in self._probe.iter_batches():
-                part = slice(max(first - at, 0), max(last - at, 0))
+                part = slice(max(first - start, 0), max(last - start, 0))
                 if len(y[part]):
                     pieces.append((x[part], y[part]))
-                at += len(y)
-                if at >= last:
+                start += len(y)
+                if start >= last:
                     break
             self._group = (group, pieces)
         return self._group[1]

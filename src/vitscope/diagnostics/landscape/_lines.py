@@ -59,13 +59,16 @@ def measure_lines(
             if current is None or current[0] != index:
                 current = begin(index)
             _, move, norms, length = current
-            measured = evaluate_current_weights.at([functools.partial(move, 0.0, at) for _, at in keys_of_line])
+            measured = evaluate_current_weights.at(
+                [functools.partial(move, 0.0, coordinate) for _, coordinate in keys_of_line]
+            )
             zero = np.zeros(())
             rows = []
             for (_, coordinate), row in zip(keys_of_line, measured):
-                at = np.asarray(coordinate)
-                l2 = {"l2_half_sq": norms.half_sq(decay, zero, at), "l2_sum_norm": norms.sum_norm(decay, zero, at)}
-                rows.append({**row, **{name: float(v) for name, v in l2.items()}, "direction_norm": length})
+                distance = np.asarray(coordinate)
+                half_sq = float(norms.half_sq(decay, zero, distance))
+                sum_norm = float(norms.sum_norm(decay, zero, distance))
+                rows.append({**row, "l2_half_sq": half_sq, "l2_sum_norm": sum_norm, "direction_norm": length})
             return rows
 
         return map_resumably(

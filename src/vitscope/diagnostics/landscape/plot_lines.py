@@ -50,34 +50,44 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
     counts = {_directions(result) for result in results.values()}
     shared = counts.pop() if len(counts) == 1 and any(results) else ""  # of all curves: above their names
     for index, (name, result) in enumerate(results.items()):
-        curve, color = getattr(result, value), result_color(index)
         count = f" ({result.n_nonfinite} points not finite)" if result.n_nonfinite else ""
         label = ": ".join(filter(None, [name, "" if shared else _directions(result)]))
-        axes.plot(result.x, np.where(np.isfinite(curve), curve, np.nan), color=color, label=label + count, zorder=3)
-        if value in ("nll", "accuracy") and len(result.nll_by_direction) > 1:
-            for direction_curve in getattr(result, f"{value}_by_direction"):
-                axes.plot(
-                    result.x,
-                    np.where(np.isfinite(direction_curve), direction_curve, np.nan),
-                    color=color,
-                    linewidth=0.4,
-                    alpha=0.5,
-                )
-        if value == "nll" and len(result.nll_by_direction) > 1:
-            axes.fill_between(result.x, result.nll_low, result.nll_high, color=color, alpha=0.2, linewidth=0)
-        broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
-        _crosses(axes, result.x[broken], color)
+        _draw_slice(axes, result, value, result_color(index), label + count)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="Distance (in units of the direction)", ylabel=loss_label(LABELS[value], results.values()))
-    if log or (log is None and value == "nll" and len(results) == 1 and _wide(results)):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
-        axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
+    if log is None:
+        log = value == "nll" and len(results) == 1 and _wide(results)
+    if log:
+        _set_log_scale(axes, results)
     axes.legend(title=shared.capitalize() or None)
     return canvas.figure
+
+
+def _draw_slice(axes: Axes, result: LossSliceResult, value: str, color: str, label: str) -> None:
+    curve = getattr(result, value)
+    axes.plot(result.x, _finite(curve), color=color, label=label, zorder=3)
+    has_several_directions = len(result.nll_by_direction) > 1
+    if has_several_directions and value in ("nll", "accuracy"):
+        for direction_curve in getattr(result, f"{value}_by_direction"):
+            axes.plot(result.x, _finite(direction_curve), color=color, linewidth=0.4, alpha=0.5)
+    if has_several_directions and value == "nll":
+        axes.fill_between(result.x, result.nll_low, result.nll_high, color=color, alpha=0.2, linewidth=0)
+    broken = ~np.isfinite(result.nll_by_direction).all(axis=0)
+    _crosses(axes, result.x[broken], color)
+
+
+def _set_log_scale(axes: Axes, results: Mapping[str, LossSliceResult]) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    lowest = min(np.nanmin(np.where(r.nll_by_direction > 0, r.nll_by_direction, np.nan)) for r in results.values())
+    axes.set_ylim(bottom=0.8 * lowest)  # an interval may reach below zero
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Return values with NaN, which matplotlib leaves out, in the place of those that are not finite."""
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _directions(result: LossSliceResult) -> str:
@@ -120,7 +130,7 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
     for index, (name, r) in enumerate(results.items()):
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
         color, label = result_color(index), f"{_way(name, r)}{_alignment(r)}{count}"
-        upper.plot(r.t, np.where(np.isfinite(r.nll), r.nll, np.nan), "o-", color=color, label=label)
+        upper.plot(r.t, _finite(r.nll), "o-", color=color, label=label)
         lower.plot(r.t, r.accuracy, "o-", color=color)
         _crosses(upper, r.t[~np.isfinite(r.nll)], color)
     upper.set(ylabel=loss_label(LABELS["nll"], results.values()))
@@ -158,18 +168,25 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     axes = canvas.axes()
     for index, (name, r) in enumerate(results.items()):
         label, color = _way(name, r), result_color(index)
-        finite_nll = np.where(np.isfinite(r.nll), r.nll, np.nan)
+        finite_nll = _finite(r.nll)
         count = f" ({r.n_nonfinite} points not finite)" if r.n_nonfinite else ""
         aligned = _alignment(r)
         axes.plot(r.t, finite_nll, "o-", color=color, label=f"{label}{aligned}: {r.barrier:.3g}{count}")
         if aligned:
-            plain_nll = np.where(np.isfinite(r.nll_unaligned), r.nll_unaligned, np.nan)
+            plain_nll = _finite(r.nll_unaligned)
             plain_label = f"{label}, not aligned: {r.barrier_unaligned:.3g}"
             axes.plot(r.t, plain_nll, "s:", color=color, markerfacecolor="white", markersize=3, label=plain_label)
         axes.plot(r.t, r.chord, "--", color=color, linewidth=0.8)
         if np.isfinite(r.barrier):
-            at = int(np.abs(r.t - r.t_barrier).argmin())
-            axes.plot([r.t[at], r.t[at]], [r.chord[at], r.nll[at]], "_-", color=color, linewidth=0.8, markersize=8)
+            summit = int(np.abs(r.t - r.t_barrier).argmin())
+            axes.plot(
+                [r.t[summit], r.t[summit]],
+                [r.chord[summit], r.nll[summit]],
+                "_-",
+                color=color,
+                linewidth=0.8,
+                markersize=8,
+            )
         _crosses(axes, r.t[~np.isfinite(r.nll)], color)
     axes.set(xlabel="Position on the line (0: start, 1: end)", ylabel=loss_label(LABELS["nll"], results.values()))
     handles, labels = axes.get_legend_handles_labels()

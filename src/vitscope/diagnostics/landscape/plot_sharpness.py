@@ -146,9 +146,11 @@ def _mean(axes: Axes, name: str, r: SharpnessResult, color: str) -> None:
     axes.errorbar(r.radii[keep], r.rise[keep], yerr=bars, fmt="o-", color=color, label=label or None)
     hollow = r.saturated & (r.rise > 0) & np.isfinite(r.rise)
     axes.plot(r.radii[hollow], r.rise[hollow], "o", color=color, markerfacecolor="white")
-    for marker, at in (("v", r.radii[~r.saturated & (r.rise <= 0)]), ("x", r.radii[~np.isfinite(r.rise)])):
-        if len(at):
-            axes.plot(at, np.zeros(len(at)), marker, color=color, transform=axes.get_xaxis_transform(), clip_on=False)
+    for marker, radii in (("v", r.radii[~r.saturated & (r.rise <= 0)]), ("x", r.radii[~np.isfinite(r.rise)])):
+        if len(radii):
+            axes.plot(
+                radii, np.zeros(len(radii)), marker, color=color, transform=axes.get_xaxis_transform(), clip_on=False
+            )
 
 
 def plotly_sharpness(results: Mapping[str, SharpnessResult]) -> go.Figure:

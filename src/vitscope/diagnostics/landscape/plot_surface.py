@@ -125,10 +125,11 @@ def _heights(result: LossLandscapeResult, value: str) -> np.ndarray:
 def _broken(result: LossLandscapeResult, value: str) -> go.Scatter3d:
     """Return crosses at the surface's foot, where a point is not finite."""
     heights = grid(result, value)
-    at = np.argwhere(~np.isfinite(heights))
+    places = np.argwhere(~np.isfinite(heights))
     foot = heights[np.isfinite(heights)].min(initial=np.inf)
+    foot = foot if np.isfinite(foot) else 0.0
     return go.Scatter3d(
-        x=result.x[at[:, 0]], y=result.y[at[:, 1]], z=np.full(len(at), foot if np.isfinite(foot) else 0.0), mode="markers",
+        x=result.x[places[:, 0]], y=result.y[places[:, 1]], z=np.full(len(places), foot), mode="markers",
         marker={"symbol": "x", "size": 3, "color": "#D55E00"}, showlegend=False,
         hovertemplate="x %{x:.3g}<br>y %{y:.3g}<br>not finite<extra></extra>",
     )  # fmt: skip
@@ -232,9 +233,9 @@ def _path(axes: Axes, result: LossLandscapeResult) -> None:
     )
     outline = [withStroke(linewidth=1.2, foreground="black")]
     for index in {0, len(result.path) - 1}:
-        at = (float(result.path[index, 0]), float(result.path[index, 1]))
+        place = (float(result.path[index, 0]), float(result.path[index, 1]))
         axes.annotate(
-            result.labels[index], at, xytext=(-4, 2), textcoords="offset points", ha="right", color="white", fontsize="small",
+            result.labels[index], place, xytext=(-4, 2), textcoords="offset points", ha="right", color="white", fontsize="small",
             path_effects=outline,
         )  # fmt: skip
 

@@ -101,15 +101,15 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
         """
         scalars = {"nll_center": self.nll_center, "nonfinite_points": float(self.n_nonfinite)}
         for i in np.flatnonzero(~self.saturated):
-            at = f"r{self.radii[i]:g}"
+            radius = f"r{self.radii[i]:g}"
             scalars |= {
-                f"rise_{at}": float(self.rise[i]),
-                f"l2_half_sq_rise_{at}": float(self.l2_half_sq_rise_by_pair[i].mean()),
-                f"l2_sum_norm_rise_{at}": float(self.l2_sum_norm_rise_by_pair[i].mean()),
+                f"rise_{radius}": float(self.rise[i]),
+                f"l2_half_sq_rise_{radius}": float(self.l2_half_sq_rise_by_pair[i].mean()),
+                f"l2_sum_norm_rise_{radius}": float(self.l2_sum_norm_rise_by_pair[i].mean()),
             }
             optional = {"rise_low": self.rise_low[i], "rise_high": self.rise_high[i], "worst_rise": self.worst_rise[i]}
             # not there with one pair, or without ascent; a rise that is no number stays and shows
-            scalars |= {f"{key}_{at}": float(value) for key, value in optional.items() if not np.isnan(value)}
+            scalars |= {f"{key}_{radius}": float(value) for key, value in optional.items() if not np.isnan(value)}
         names = [f"{m}_r{r:g}" for m, r in zip(self.adaptive_measures, self.adaptive_radii)]
         scalars |= dict(zip(names, map(float, self.adaptive_rise)))
         late = zip(names, map(float, self.adaptive_late_share))

@@ -31,11 +31,10 @@ class Lesion:
 
 
 def check_removals(removals: Sequence[str]) -> None:
-    """Raise ValueError where a kind of removal is unknown, or none is chosen."""
+    """Raise ValueError where a kind of removal is unknown; without any, branches alone are removed."""
     unknown = [r for r in removals if r not in REMOVALS]
-    if unknown or not removals:
-        received = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"Expected removals among {', '.join(REMOVALS)}, received {received}.")
+    if unknown:
+        raise ValueError(f"Expected removals among {', '.join(REMOVALS)}, received {unknown[0]!r}.")
 
 
 def lesions(units: Sequence[Unit], removals: Sequence[str]) -> list[Lesion]:

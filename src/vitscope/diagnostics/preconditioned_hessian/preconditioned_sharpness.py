@@ -1,10 +1,10 @@
-"""The largest eigenvalue as the optimizer feels it, against its limit of stability."""
+"""Largest eigenvalue of the preconditioned Hessian, beside the limit of stability of the optimizer."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Unpack
 
 import numpy as np
@@ -184,14 +184,14 @@ class _Plan:
     """
 
     preconditioner: str
-    scale: Mapping[str, Tensor] | None
-    decay: Mapping[str, float] | None
-    threshold: float
-    lr: float
-    beta1: float
-    optimizer: str
     limit: str
-    l2: Mapping[str, object]
+    threshold: float = float("nan")
+    lr: float = float("nan")
+    beta1: float = float("nan")
+    optimizer: str = ""
+    scale: Mapping[str, Tensor] | None = None
+    decay: Mapping[str, float] | None = None
+    l2: Mapping[str, object] = field(default_factory=dict)
 
 
 def _plan(
@@ -241,28 +241,18 @@ def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float |
             "received None: measure a checkpoint that holds the optimizer's state, or use preconditioner='identity'."
         )
     if preconditioner == "identity" or scale is None:
-        is_stated = lr is not None and beta1 is not None
-        threshold = 2 * (1 + beta1) / lr if lr is not None and beta1 is not None else float("nan")
-        formula = (
-            "2 (1 + m) / lr"
-            if is_stated
-            else "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)"
-        )
-        return _Plan(
-            "identity",
-            None,
-            None,
-            threshold,
-            lr or float("nan"),
-            float("nan") if beta1 is None else beta1,
-            "",
-            formula,
-            {},
-        )
-    beta = 0.9 if beta1 is None else beta1
-    threshold = 2 * (1 + beta) / ((1 - beta) * lr) if lr is not None else float("nan")
-    formula = "2 (1 + beta1) / ((1 - beta1) lr)" if lr is not None else "unknown: no lr is given"
-    return _Plan("adamw", scale, None, threshold, lr or float("nan"), beta, "", formula, {})
+        plan = _Plan("identity", "unknown: no optimizer was given (optimizer=, or lr= and SGD's momentum as beta1=)")
+        if beta1 is not None:
+            plan = replace(plan, beta1=beta1)
+        if lr is not None and beta1 is not None:
+            plan = replace(plan, limit="2 (1 + m) / lr", threshold=2 * (1 + beta1) / lr)
+    else:
+        beta1 = 0.9 if beta1 is None else beta1
+        plan = _Plan("adamw", "unknown: no lr is given", beta1=beta1, scale=scale)
+        if lr is not None:
+            limit = "2 (1 + beta1) / ((1 - beta1) lr)"
+            plan = replace(plan, limit=limit, threshold=2 * (1 + beta1) / ((1 - beta1) * lr))
+    return replace(plan, lr=lr or float("nan"))
 
 
 def _unknown(probe: Probe, state: OptimizerState, reason: str, lr: float | None) -> _Plan:
@@ -270,5 +260,4 @@ def _unknown(probe: Probe, state: OptimizerState, reason: str, lr: float | None)
     warnings.warn(
         f"the limit of stability is unknown: {reason}; eigenvalues are the Hessian's own", UserWarning, stacklevel=5
     )
-    nan = float("nan")
-    return _Plan("identity", None, None, nan, lr or nan, nan, state.name, f"unknown: {reason}", {})
+    return _Plan("identity", f"unknown: {reason}", lr=lr or float("nan"), optimizer=state.name)

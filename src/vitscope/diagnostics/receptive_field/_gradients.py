@@ -92,7 +92,7 @@ def measure_fields(
                 with torch.enable_grad():
                     model(x)
                     sums.close_batch(number, x)
-    return _extents(taps, sums, center, area_shares, dtype)
+    return _fields_of_taps(taps, sums, center, area_shares, dtype)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def field_pass(
                 sums.close_batch(number, x)
 
         def evaluate_extents(center: str, area_shares: np.ndarray) -> FieldsOfTaps:
-            return _extents(taps, sums, center, area_shares, "float32")
+            return _fields_of_taps(taps, sums, center, area_shares, "float32")
 
         with structure_reader().reading(model, taps, sums.read):
             yield read_batch, evaluate_extents
@@ -204,43 +204,80 @@ def _coherence(of_sum: Tensor, values: Tensor, x: Tensor, retain_graph: bool) ->
     return of_sum.double().square().sum() / of_signs.double().square().sum()  # NaN of two zeros
 
 
-def _extents(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndarray, dtype: str) -> FieldsOfTaps:
+def _fields_of_taps(taps: Sequence[Tap], sums: _Sums, center: str, area_shares: np.ndarray, dtype: str) -> FieldsOfTaps:
     size, map_sizes, n_images = _sizes(sums)
-    shares, n = np.array(RADIUS_SHARES), len(taps)
-    # the position (h // 2, w // 2) in the image, where whole numbers are centers of pixels; NaN for a tap that was not reached
-    scale = np.divide(size, map_sizes, out=np.full((n, 2), np.nan), where=map_sizes > 0)
-    cells = (map_sizes // 2 + 0.5) * scale - 0.5
+    n = len(taps)
+    cells = _central_cells(size, map_sizes)
     field, centroids, centers = np.full((n, *size), np.nan), np.full((n, 2), np.nan), np.full((n, 2), np.nan)
     # all images first, then without each group
-    radius, area = (np.full((1 + N_GROUPS, n, len(s)), np.nan) for s in (shares, area_shares))
-    reasons = {}
+    radius = np.full((1 + N_GROUPS, n, len(RADIUS_SHARES)), np.nan)
+    area = np.full((1 + N_GROUPS, n, len(area_shares)), np.nan)
+    reasons: dict[str, str] = {}
     for i, tap in enumerate(taps):
-        groups = gathered(sums.sums[i])
+        groups = gathered(sums.sums[i])  # (n_groups, H, W)
         mass = None if groups is None else groups.sum(axis=0)
-        reasons[tap.name] = _null_reason(mass)
-        if reasons[tap.name] or groups is None or mass is None:
+        reason = _null_reason(mass)
+        if groups is None or mass is None or reason:
+            reasons[tap.name] = reason
             continue
         field[i], centroids[i] = mass / mass.sum(), centroid(mass)
         centers[i] = _half_pixels(centroids[i]) if center == "mass" else cells[i]
-        around_center: dict[tuple[float, ...], tuple[Distances, Distances]] = {}
-        for k, part in enumerate((mass, *(mass - group for group in groups))):
+        parts = [mass, *(mass - group for group in groups)]
+        places = [centers[i] for _ in parts]
+        if center == "mass":
             # of the mass without a group as well, so that the interval knows of a center that other images would round elsewhere
-            place = _half_pixels(centroid(part)) if center == "mass" and part.sum() > 0 else centers[i]
-            key = tuple(place)
-            if key not in around_center:
-                around_center[key] = distances(size, place)
-            euclidean, square = around_center[key]
-            radius[k, i] = radii(part.ravel(), euclidean, shares)
-            area[k, i] = area_ratios(part.ravel(), square, area_shares)
-    reasons = {name: reason for name, reason in reasons.items() if reason}
-    coherence = np.full(n, np.nan)
-    measured = {i: float(value) for i, value in sums.coherence.items()}
-    for of_rank in gather_objects(measured):  # of the rank that read the first batch
-        coherence[list(of_rank)] = list(of_rank.values())
+            places = [_half_pixels(centroid(part)) if part.sum() > 0 else centers[i] for part in parts]
+        radius[:, i], area[:, i] = _extents(parts, places, area_shares)
     return FieldsOfTaps(
-        map_sizes, cells, centroids, centers, field, radius[0], area[0], radius[1:], area[1:], coherence, reasons, n_images,
+        map_sizes,
+        cells,
+        centroids,
+        centers,
+        field,
+        radius[0],
+        area[0],
+        radius[1:],
+        area[1:],
+        _coherences(sums),
+        reasons,
+        n_images,
         dtype,
-    )  # fmt: skip
+    )
+
+
+def _central_cells(size: tuple[int, int], map_sizes: np.ndarray) -> np.ndarray:
+    """Return the center in the image of each map's position (h // 2, w // 2), ``(n_taps, 2)``.
+
+    Whole numbers are centers of pixels; NaN for a tap that was not reached.
+    """
+    scale = np.divide(size, map_sizes, out=np.full(map_sizes.shape, np.nan), where=map_sizes > 0)
+    return (map_sizes // 2 + 0.5) * scale - 0.5
+
+
+def _extents(
+    masses: Sequence[np.ndarray], places: Sequence[np.ndarray], area_shares: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the radii ``(n, n_radius_shares)`` and areas ``(n, n_area_shares)`` of masses ``(H, W)`` around places."""
+    shares = np.array(RADIUS_SHARES)
+    around_place: dict[tuple[float, ...], tuple[Distances, Distances]] = {}
+    radius, area = [], []
+    for mass, place in zip(masses, places):
+        key = tuple(place)
+        if key not in around_place:
+            around_place[key] = distances((mass.shape[0], mass.shape[1]), place)
+        euclidean, square = around_place[key]
+        radius.append(radii(mass.ravel(), euclidean, shares))
+        area.append(area_ratios(mass.ravel(), square, area_shares))
+    return np.stack(radius), np.stack(area)
+
+
+def _coherences(sums: _Sums) -> np.ndarray:
+    """Return the coherence at each tap ``(n_taps,)``, which the rank that read the first batch has."""
+    coherence = np.full(len(sums.taps), np.nan)
+    of_this_rank = {index: float(value) for index, value in sums.coherence.items()}
+    for of_rank in gather_objects(of_this_rank):
+        coherence[list(of_rank)] = list(of_rank.values())
+    return coherence
 
 
 def _half_pixels(place: np.ndarray) -> np.ndarray:

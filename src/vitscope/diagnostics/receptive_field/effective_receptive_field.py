@@ -192,7 +192,7 @@ def effective_receptive_field(
     initial: UntrainedModel | None = None,
     level: OpenUnitInterval = 0.95,
 ) -> EffectiveReceptiveFieldResult:
-    """Measure which pixels the central position of a map depends on: one backward pass a batch for each tap.
+    """Measure which pixels the central position of a map depends on: one backward pass per batch and tap.
 
     With the map ``F (C, h, w)`` of an image ``x (c, H, W)``, the field is the mean over images of
     ``sum_c (d sum_k F[k, h // 2, w // 2] / d x[c])^2``, divided by its sum. Where h or w is even, the position is the lower or
@@ -251,7 +251,7 @@ def _warn_of_cancellation(taps: Sequence[Tap], trained: FieldsOfTaps, before: Fi
     if names:
         warnings.warn(
             f"effective_receptive_field: the gradients of the channels cancel at {', '.join(names)}, as after a LayerNorm, so "
-            "that the field is that of a small rest; pass contribution=channels",
+            "that the field shows only a small remainder; pass contribution=channels",
             stacklevel=3,
         )
 

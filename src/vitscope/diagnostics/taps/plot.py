@@ -60,9 +60,9 @@ def _draw_by_kind(ax: Axes, kinds: Sequence[str], values: np.ndarray, filled: np
     filled = np.ones(len(values), dtype=bool) if filled is None else filled
     ax.plot(index, values, color="0.6", linewidth=0.8, zorder=1)
     for kind in dict.fromkeys(kinds):
-        at = np.array(kinds) == kind
+        is_of_kind = np.array(kinds) == kind
         color = kind_color(kind)
-        for is_drawn, face in ((at & filled, color), (at & ~filled, "none")):
+        for is_drawn, face in ((is_of_kind & filled, color), (is_of_kind & ~filled, "none")):
             if not is_drawn.any():
                 continue
             label = KIND_LABELS[kind] if face == color else None

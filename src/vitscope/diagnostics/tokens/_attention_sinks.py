@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.diagnostics.tokens._token_statistics import KeptRows, gathered_rows
 from vitscope.diagnostics.tokens._token_tables import stacked
 from vitscope.models.structure.attention_units import AttentionUnit
@@ -40,10 +40,10 @@ class AttentionSinks:
     def add(self, weights: Tensor) -> None:
         """Add a batch's weights ``(B * n_windows, heads, queries, keys)``."""
         received = self._received(weights).flatten(1)  # (B, n_windows * keys)
-        at = (self._cells >= 0).nonzero()[:, 0].to(weights.device)
-        cells = self._cells.to(weights.device)[at]
+        columns = (self._cells >= 0).nonzero()[:, 0].to(weights.device)
+        cells = self._cells.to(weights.device)[columns]
         n_cells = self.unit.key_grid[0] * self.unit.key_grid[1]
-        patch = received.new_zeros(len(received), n_cells).index_add_(1, cells, received[:, at])
+        patch = received.new_zeros(len(received), n_cells).index_add_(1, cells, received[:, columns])
         patch /= torch.bincount(cells, minlength=n_cells).clamp_min(1)  # a position may lie in several windows
         self.patch.add(patch)
         largest = patch.amax(1)
@@ -80,8 +80,9 @@ def sink_fields(
         n_prefix: number of prefix tokens of the model.
         level: coverage of the intervals.
     """
-    means = estimates([mean for unit in sinks for mean in (unit.prefix, unit.largest, unit.on_prefix)], level)
-    prefix, largest, on_prefix = means[0::3], means[1::3], means[2::3]
+    prefix, largest, on_prefix = estimate_lists(
+        [[unit.prefix for unit in sinks], [unit.largest for unit in sinks], [unit.on_prefix for unit in sinks]], level
+    )
     kept_rows = gathered_rows([unit.patch for unit in sinks])
     received = tuple(np.zeros((0, 0), np.float32) if rows is None else rows for rows in kept_rows)
     on_prefix_tokens = np.full((len(sinks), n_prefix), np.nan)

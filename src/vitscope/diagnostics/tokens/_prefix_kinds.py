@@ -23,13 +23,11 @@ def prefix_kinds(model: nn.Module, n_prefix: int) -> tuple[str, ...]:
         n_prefix: Number of prefix tokens at a tap.
     """
     for module in model.modules():
-        kinds = [
-            kind
-            for kind, names in KINDS.items()
-            for name in names
-            if isinstance(token := getattr(module, name, None), Tensor)
-            for _ in range(token.shape[-2] if token.ndim > 1 else 1)  # (1, n, C), (n, C) or (C,)
-        ]
+        kinds: list[str] = []
+        for kind, names in KINDS.items():
+            for tokens in (getattr(module, name, None) for name in names):
+                if isinstance(tokens, Tensor):  # (1, n, C), (n, C) or (C,)
+                    kinds += [kind] * (tokens.shape[-2] if tokens.ndim > 1 else 1)
         if kinds:
             return tuple(kinds) if len(kinds) == n_prefix else ("unknown",) * n_prefix
     return ("unknown",) * n_prefix

@@ -17,7 +17,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.core.tap import Tap, tap_fields
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.tokens._attention_collapse import AttentionCollapse, comparable_groups, layer_cosines
@@ -61,7 +61,7 @@ class OversmoothingResult(
         attention_depths: (n_units,) normalized depth among all units of the model.
         nmi: (n_units,) normalized mutual information of query and key positions in [0, 1], mean over heads.
         nmi_half_width: (n_units,) half its interval.
-        head_nmi: (n_units, n_heads) of each head; one array a unit where the numbers of heads differ.
+        head_nmi: (n_units, n_heads) of each head; one array per unit where the numbers of heads differ.
         head_similarity: (n_units,) mean cosine of the attention of each pair of heads; NaN for one head.
         head_similarity_half_width: (n_units,) half its interval.
         layer_similarity: (n_units, n_other_units) cosine of the attention of two units, mean over heads; NaN where their tokens
@@ -131,9 +131,9 @@ def accumulate(
 def oversmoothing(
     probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: OpenUnitInterval = 0.95
 ) -> OversmoothingResult:
-    """Measure how alike the tokens of an image become with depth, in one forward pass a batch.
+    """Measure how similar the tokens of an image become with depth, in one forward pass per batch.
 
-    Tokens X, one a row, are patch tokens or the positions of a map, without class and register tokens. The rank-1 residual is
+    Tokens X, one per row, are patch tokens or the positions of a map, without class and register tokens. The rank-1 residual is
     ``|X - 1 m'| / |X|`` with the mean token m. Dong et al. (2021) use the composite norm ``sqrt(|X|_1 |X|_inf)``, of which the
     mean is not the minimizer; it is that of the Frobenius norm, the default. Attention (Park et al. 2023): the normalized mutual
     information ``I(q, k) / sqrt(H(q) H(k))`` of query and key positions, where all queries are equally likely, in each window;
@@ -191,12 +191,17 @@ class _Sums:
 
 def _result(sums: _Sums) -> OversmoothingResult:
     probe, units = sums.probe, sums.attention_units
-    n_taps = len(probe.taps)
-    by_unit = [mean for unit in sums.attention for mean in (unit.head_nmi, unit.nmi, unit.head_similarity)]
-    means = estimates([*sums.cosines, *sums.residuals, sums.layers, *by_unit], sums.level)
-    cosine, residual, layers = means[:n_taps], means[n_taps : 2 * n_taps], means[2 * n_taps]
-    of_units = means[2 * n_taps + 1 :]
-    of_heads, nmi, pairs = of_units[0::3], of_units[1::3], of_units[2::3]
+    cosine, residual, (layers,), of_heads, nmi, pairs = estimate_lists(
+        [
+            sums.cosines,
+            sums.residuals,
+            [sums.layers],
+            [unit.head_nmi for unit in sums.attention],
+            [unit.nmi for unit in sums.attention],
+            [unit.head_similarity for unit in sums.attention],
+        ],
+        sums.level,
+    )
     sizes: dict[int, tuple[int, int]] = {}
     for share in distributed.gather_objects(sums.sizes):
         sizes |= share
@@ -206,7 +211,7 @@ def _result(sums: _Sums) -> OversmoothingResult:
     warn_nulls("oversmoothing", few_images(n_images))
     return OversmoothingResult(
         **tap_fields(probe.taps),
-        map_sizes=np.array([sizes.get(index, (0, 0)) for index in range(n_taps)]),
+        map_sizes=np.array([sizes.get(index, (0, 0)) for index in range(len(probe.taps))]),
         cosine=numbers(cosine, "mean"),
         cosine_half_width=numbers(cosine, "half_width"),
         rank1_residual=numbers(residual, "mean"),

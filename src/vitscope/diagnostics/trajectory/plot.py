@@ -137,18 +137,18 @@ def _surface(canvas: Canvas, axes: Axes, result: TrajectoryResult) -> None:
 
 
 def _losses(axes: Axes, result: TrajectoryResult) -> None:
-    at = np.arange(len(result.labels))
-    axes.plot(at, result.nll, "o-", color=result_color(0), label="Checkpoint itself")
+    index = np.arange(len(result.labels))
+    axes.plot(index, result.nll, "o-", color=result_color(0), label="Checkpoint itself")
     # an older checkpoint's weights with the last one's statistics are another function, however near the plane is
     borrowed = result.batchnorm and result.card is not None and result.card.bn_policy == "eval"
     its = "Its projection,\nBatchNorm as at the end" if borrowed else "Its projection"
-    axes.plot(at, result.in_plane_nll, "s--", color=result_color(1), label=its)
+    axes.plot(index, result.in_plane_nll, "s--", color=result_color(1), label=its)
     axes.set(xlabel="Checkpoint", ylabel=loss_label("NLL (nats)", [result]))
-    step = max(1, len(at) // 6)
-    axes.set_xticks(at[::step], [result.labels[i] for i in at[::step]], rotation=30, ha="right")
+    step = max(1, len(index) // 6)
+    axes.set_xticks(index[::step], [result.labels[i] for i in index[::step]], rotation=30, ha="right")
     other = axes.twinx()
     other.spines["right"].set_visible(True)
-    other.bar(at, result.projection_error, width=0.5, color=result_color(2), alpha=0.25, linewidth=0)
+    other.bar(index, result.projection_error, width=0.5, color=result_color(2), alpha=0.25, linewidth=0)
     other.set(ylim=(0, 1), ylabel="Distance off the plane (share)")
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -168,7 +168,7 @@ def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:
     axes.set_thetalim(0, np.pi / 2 if max(np.nanmax(r.angle) for r in results.values()) <= np.pi / 2 else np.pi)
     axes.set_ylim(0, 1.05 * max(r.radius.max() for r in results.values()))
     canvas.set_title(
-        "r: distance from the end, θ: angle to the start\n(two numbers of a long way: for comparison only)"
+        "r: distance from the end, θ: angle to the start\n(two numbers of a long path: for comparison only)"
     )
     if any(results):
         axes.legend(loc="upper right", bbox_to_anchor=(1.12, 1.05))

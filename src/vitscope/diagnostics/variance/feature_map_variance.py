@@ -17,7 +17,7 @@ from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
-from vitscope.core.running_mean import RunningMean, estimates
+from vitscope.core.running_mean import RunningMean, estimate_lists
 from vitscope.core.shared_values.feature_squares import channel_squares, channel_sums, flat_map
 from vitscope.core.tap import tap_fields
 from vitscope.core.undefined_values import warn_nulls
@@ -83,7 +83,7 @@ def accumulate(probe: Probe, *, level: OpenUnitInterval = 0.95) -> _Sums:
 
 
 def _result_bytes(workload: Workload, options: Options) -> float | None:
-    """Return the bytes of stages, depths, sizes of the maps and four numbers a tap."""
+    """Return the bytes of stages, depths, sizes of the maps and four numbers per tap."""
     return None if workload.map_sizes is None else ENTRY * 8 * len(workload.map_sizes)
 
 
@@ -91,7 +91,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 @shares_pass(accumulate)
 @record_options
 def feature_map_variance(probe: Probe, *, level: OpenUnitInterval = 0.95) -> FeatureMapVarianceResult:
-    """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
+    """Measure the spatial variance of the feature maps at every tap, in one forward pass per batch.
 
     The official code's ``latent.var(dim=(-1, -2))`` (unbiased), mean over images and channels, prefix tokens dropped.
     Only running sums are kept.
@@ -158,30 +158,28 @@ class _Sums:
 
 def _result(taps: Sequence[Any], sums: _Sums, level: float, card: ObjectiveCard) -> FeatureMapVarianceResult:
     n = len(taps)
-    means = estimates([*sums.variances, *sums.ratios], level)
-    variances, ratios = means[:n], means[n:]
+    variances, ratios = estimate_lists([sums.variances, sums.ratios], level)
     shapes: dict[int, tuple[int, ...]] = {}
     for share in gather_objects(sums.shapes):
         shapes.update(share)
     reasons = [_null_reason(i, shapes, variances[i]) for i in range(n)]
     n_images = max(v.count for v in variances)
-    named = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
-    null = np.array([bool(reason) for reason in reasons])
-    either = null | np.append(True, null[:-1])  # this tap or the one before
-    flat = ~either & np.array([r.count > 0 and not np.isfinite(r.mean) for r in ratios])
-    named |= {
-        f"the ratio at {taps[int(i)].name}": "an image without variance there or before" for i in np.flatnonzero(flat)
-    }
-    warn_nulls("feature_map_variance", named)
+    null_reasons = {tap.name: reason for tap, reason in zip(taps, reasons) if reason}
+    is_null = np.array([bool(reason) for reason in reasons])
+    is_null_ratio = is_null | np.append(True, is_null[:-1])  # this tap is null, or the one before
+    has_flat_image = ~is_null_ratio & np.array([ratio.count > 0 and not np.isfinite(ratio.mean) for ratio in ratios])
+    for index in np.flatnonzero(has_flat_image):
+        null_reasons[f"the ratio at {taps[int(index)].name}"] = "an image without variance there or before"
+    warn_nulls("feature_map_variance", null_reasons)
     warn_nulls("feature_map_variance", few_images(n_images))
-    either |= flat
+    is_null_ratio |= has_flat_image
     return FeatureMapVarianceResult(
         **tap_fields(taps),
         map_sizes=np.array([shapes.get(i, (0, 0, 0))[1:] for i in range(n)]),
-        variance=np.where(null, np.nan, [float(v.mean) for v in variances]),
-        variance_half_width=np.where(null, np.nan, [float(v.half_width) for v in variances]),
-        log_variance_ratio=np.where(either, np.nan, [float(r.mean) for r in ratios]),
-        log_variance_ratio_half_width=np.where(either, np.nan, [float(r.half_width) for r in ratios]),
+        variance=np.where(is_null, np.nan, [float(v.mean) for v in variances]),
+        variance_half_width=np.where(is_null, np.nan, [float(v.half_width) for v in variances]),
+        log_variance_ratio=np.where(is_null_ratio, np.nan, [float(r.mean) for r in ratios]),
+        log_variance_ratio_half_width=np.where(is_null_ratio, np.nan, [float(r.half_width) for r in ratios]),
         level=level,
         n_images=n_images,
         card=card,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,16 @@ from vitscope.linalg.curvature.attention_trace import AttentionTrace, LayerCall,
 Rows = dict[str, Tensor]
 #: bits by which rows are labeled while the calls are gone through
 _BITS = {"q": 1, "k": 2, "v": 4, "proj": 8}
+#: the documented layout of PyTorch's own attention, beside the fused weights of queries, keys and values
+_NAMED_PARTS = {
+    "q_proj_weight": "q",
+    "k_proj_weight": "k",
+    "v_proj_weight": "v",
+    "out_proj_weight": "proj",
+    "out_proj_bias": "proj",
+}
+#: from entry ``(i, j)`` to where it depends on each layer's output, ``(tokens, channels)`` bool a layer
+TokensOfEntry = Callable[[int, int], list[Tensor]]
 
 
 @dataclass
@@ -69,66 +79,66 @@ def attention_parts(model: nn.Module, inputs: Any) -> AttentionParts:
             p.requires_grad_(flag)
 
 
+@dataclass
+class _RowLabels:
+    """Parts of attention to which the rows of parameters belong, as far as the calls have been gone through.
+
+    Attributes:
+        bits: ``(rows,)`` by the name of a weight or bias: 0 of a row in no part, else the sum of its parts' bits.
+        owners: the module with attention, by the same names.
+        unclear: names of modules with attention whose rows are not certain, with the reason.
+    """
+
+    bits: dict[str, Tensor] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    unclear: dict[str, str] = field(default_factory=dict)
+
+    def mark(self, name: str, n_rows: int, part: str, owner: str, rows: Tensor | slice = slice(None)) -> None:
+        """Label rows of a parameter with ``n_rows`` as those of a part, by default all."""
+        bits = self.bits.setdefault(name, torch.zeros(n_rows, dtype=torch.int64))
+        bits[rows] |= _BITS[part]
+        self.owners[name] = owner
+
+
 def _labeled(model: nn.Module, trace: AttentionTrace) -> AttentionParts:
-    parts = AttentionParts(layers=trace.layers)
-    labels: dict[str, Tensor] = {}  # by weight and bias: of each row 0 for none, else bits of the parts
-    owners: dict[str, str] = {}
+    labels = _RowLabels()
+    parts = AttentionParts(unclear=labels.unclear, layers=trace.layers)
     for scopes, arguments in trace.known:
-        _label_known(trace, scopes, arguments, labels, owners)
+        _label_known(trace, scopes[0], arguments, labels)
     products = {call.time: _product_after(trace, call) for call in trace.softmaxes}
     for call in trace.softmaxes:
-        if (product := products[call.time]) is not None:  # without one it is no attention, but the softmax of a gate
-            _label_softmax(model, trace, call, product, labels, owners, parts.unclear)
+        product = products[call.time]
+        if product is not None:  # without one it is no attention, but the softmax of a gate
+            _label_softmax(model, trace, call, product, labels)
     for product in _unexplained(trace, products):
         parts.unclear.setdefault(_attention_name(product), "it multiplies activations without a softmax")
-    for name, bits in labels.items():
-        singles = [bits == bit for bit in _BITS.values()]
-        is_single = torch.stack(singles).any(0)
-        if not bool(is_single.any()):  # a layer before several of them, such as a reduction of keys and values
+    for name, bits in labels.bits.items():
+        rows_of_parts = {part: bits == bit for part, bit in _BITS.items()}
+        is_in_one_part = torch.stack(list(rows_of_parts.values())).any(0)
+        if not bool(is_in_one_part.any()):  # a layer before several of them, such as a reduction of keys and values
             continue
-        if not bool(is_single.all()):
+        if not bool(is_in_one_part.all()):
             reason = f"some rows of {name} are none of queries, keys and values, or several of them"
-            parts.unclear.setdefault(owners[name], reason)
+            parts.unclear.setdefault(labels.owners[name], reason)
             continue
-        for part, mask in zip(_BITS, singles):
-            if bool(mask.any()):
-                parts.rows[part][name] = mask.nonzero()[:, 0]
+        for part, rows in rows_of_parts.items():
+            if bool(rows.any()):
+                parts.rows[part][name] = rows.nonzero()[:, 0]
     return parts
 
 
-def _mark(labels: dict[str, Tensor], name: str, n_rows: int, rows: Any, part: str) -> None:
-    bits = labels.setdefault(name, torch.zeros(n_rows, dtype=torch.int64))
-    bits[rows] |= _BITS[part]
-
-
-def _label_known(
-    trace: AttentionTrace,
-    scopes: tuple[str, ...],
-    arguments: dict[str, Any],
-    labels: dict[str, Tensor],
-    owners: dict[str, str],
-) -> None:
+def _label_known(trace: AttentionTrace, owner: str, arguments: Mapping[str, Any], labels: _RowLabels) -> None:
     """Label the parameters of PyTorch's own attention, whose layout is documented: queries, then keys, then values."""
-    whole = slice(None)
-    named = [
-        ("q_proj_weight", "q"),
-        ("k_proj_weight", "k"),
-        ("v_proj_weight", "v"),
-        ("out_proj_weight", "proj"),
-        ("out_proj_bias", "proj"),
-    ]
-    for key, part in named:
+    for key, part in _NAMED_PARTS.items():
         name = trace.names.get(id(arguments.get(key)), "")
         if name:
-            _mark(labels, name, len(arguments[key]), whole, part)
-            owners[name] = scopes[0]
+            labels.mark(name, len(arguments[key]), part, owner)
     for key in ("in_proj_weight", "in_proj_bias"):
         name = trace.names.get(id(arguments.get(key)), "")
         if name:
             width = len(arguments[key]) // 3
             for number, part in enumerate("qkv"):
-                _mark(labels, name, 3 * width, slice(number * width, (number + 1) * width), part)
-            owners[name] = scopes[0]
+                labels.mark(name, 3 * width, part, owner, slice(number * width, (number + 1) * width))
 
 
 def _unexplained(trace: AttentionTrace, products: Mapping[int, ProductCall | None]) -> Iterator[ProductCall]:
@@ -143,27 +153,26 @@ def _unexplained(trace: AttentionTrace, products: Mapping[int, ProductCall | Non
 
 
 def _label_softmax(
-    model: nn.Module, trace: AttentionTrace, call: SoftmaxCall, product: ProductCall, labels: dict[str, Tensor],
-    owners: dict[str, str], unclear: dict[str, str],
-) -> None:  # fmt: skip
+    model: nn.Module, trace: AttentionTrace, call: SoftmaxCall, product: ProductCall, labels: _RowLabels
+) -> None:
     """Label the rows of the layers that make the queries, keys and values of a softmax and its product, and the layer behind."""
+    owner = _attention_name(call)
     sources = _sources(trace, call, product)
     if sources is None:
         reason = "the scores' queries and keys, or the values, are not told apart"
         if call.scores.shape[call.axis] < 2:
             reason = "it has one key alone at this image size"
-        unclear[_attention_name(call)] = reason
+        labels.unclear[owner] = reason
         return
     scope, layers, channels = sources
     for part in "qkv":
         for layer, mask in zip(layers, channels[part]):
             if bool(mask.any()):
-                _mark(labels, layer.weight, len(mask), mask, part)
-                owners[layer.weight] = _attention_name(call)
+                labels.mark(layer.weight, len(mask), part, owner, mask)
     for layer, *masks in zip(layers, *(channels[part] for part in "qkv")):
-        if layer.bias is not None and any(bool(mask.any()) for mask in masks):
-            _label_bias(model, trace, layer, masks, labels, owners, scope)
-    _label_projection(trace, call, product.output, labels, owners)
+        if any(bool(mask.any()) for mask in masks):
+            _label_bias(model, trace, layer, masks, labels, scope)
+    _label_projection(trace, call, product.output, labels)
 
 
 def _sources(
@@ -212,56 +221,78 @@ def _channels(call: SoftmaxCall, output: Tensor, layers: Sequence[LayerCall]) ->
     """Return for ``q``, ``k`` and ``v`` which channels of each layer's output they are, ``(rows,)`` bool a layer."""
     weighting = torch.rand(output.shape, generator=torch.Generator().manual_seed(1)).to(output) + 0.5
     (by_weights,) = torch.autograd.grad((output * weighting).sum(), call.weights, create_graph=True)
-    stays, moves = _split(call, call.scores, layers)
-    return {"q": stays, "k": moves, "v": _split(call, by_weights, layers)[1]}
+    scores, values = _split(call, call.scores, layers), _split(call, by_weights, layers)
+    return {"q": scores.of_query, "k": scores.of_key, "v": values.of_key}
 
 
-def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the channels of layers that follow the query, and those that follow the key, of entries ``(..., i, j)``."""
+@dataclass
+class _ChannelsOfPairs:
+    """Channels of each layer's output that follow the query, and those that follow the key, ``(rows,)`` bool a layer."""
+
+    of_query: list[Tensor]
+    of_key: list[Tensor]
+
+    def label(self, tokens: TokensOfEntry, i: int, other_i: int, j: int, other_j: int) -> bool:
+        """Label channels by entries ``(i, j), (i, other_j), (other_i, j)``; return whether there were new ones.
+
+        Channels of the query stay at their tokens when j changes, and leave them all when i changes; those of the key likewise
+        with i and j exchanged.
+        """
+        before = self._n_labels()
+        for layer, (entry, other_key) in enumerate(zip(tokens(i, j), tokens(i, other_j))):
+            is_of_query = (entry == other_key).all(0)
+            is_of_key = ~(entry & other_key).any(0)
+            if i != other_i:
+                other_query = tokens(other_i, j)[layer]
+                is_of_query = is_of_query & ~(entry & other_query).any(0)
+                is_of_key = is_of_key & (entry == other_query).all(0)
+            is_used = entry.any(0)
+            self.of_query[layer] |= is_used & is_of_query
+            self.of_key[layer] |= is_used & is_of_key
+        return self._n_labels() > before
+
+    def _n_labels(self) -> int:
+        return sum(int(mask.sum()) for mask in (*self.of_query, *self.of_key))
+
+
+def _split(call: SoftmaxCall, pairs: Tensor, layers: Sequence[LayerCall]) -> _ChannelsOfPairs:
+    """Return the channels of layers that follow query i or key j of entries ``(..., i, j)``."""
     key_axis = call.axis
     query_axis = max(axis for axis in range(pairs.ndim) if axis != key_axis)
     n_queries, n_keys = pairs.shape[query_axis], pairs.shape[key_axis]
     none = [torch.zeros(layer.output.shape[layer.channels], dtype=torch.bool) for layer in layers]
+    channels = _ChannelsOfPairs(none, [mask.clone() for mask in none])
     if n_keys < 2 or not pairs.requires_grad:
-        return none, none
-    weighting = torch.rand(pairs.shape, generator=torch.Generator().manual_seed(2)).to(pairs) + 0.5
+        return channels
+    weighted = pairs * (torch.rand(pairs.shape, generator=torch.Generator().manual_seed(2)).to(pairs) + 0.5)
 
     @functools.lru_cache(maxsize=64)
     def tokens(i: int, j: int) -> list[Tensor]:
-        entry = (pairs * weighting).select(query_axis, i).select(key_axis - (key_axis > query_axis), j).sum()
-        gradients = torch.autograd.grad(entry, [layer.output for layer in layers], retain_graph=True, allow_unused=True)
-        return [_support(layer, gradient) for layer, gradient in zip(layers, gradients)]
-
-    stays, moves = [mask.clone() for mask in none], [mask.clone() for mask in none]
-
-    def label(i: int, other_i: int, j: int, other_j: int) -> bool:
-        """Label channels by entries ``(i, j), (i, other_j), (other_i, j)``; return whether there were new ones."""
-        before = sum(int(mask.sum()) for mask in (*stays, *moves))
-        for layer, (tokens_here, other_key) in enumerate(zip(tokens(i, j), tokens(i, other_j))):
-            is_used = tokens_here.any(0)
-            same_over_keys, apart_over_keys = (tokens_here == other_key).all(0), ~(tokens_here & other_key).any(0)
-            if i != other_i:
-                other_query = tokens(other_i, j)[layer]
-                same_over_keys &= ~(tokens_here & other_query).any(0)
-                apart_over_keys &= (tokens_here == other_query).all(0)
-            stays[layer] |= is_used & same_over_keys
-            moves[layer] |= is_used & apart_over_keys
-        return sum(int(mask.sum()) for mask in (*stays, *moves)) > before
+        entry: list[int | slice] = [slice(None)] * pairs.ndim
+        entry[query_axis], entry[key_axis] = i, j
+        return _supports(weighted[tuple(entry)].sum(), layers)
 
     key_places = dict.fromkeys([(n_keys // 4, 3 * n_keys // 4), *_places(n_keys)])  # also others than the queries'
     for (i, other_i), (j, other_j) in itertools.product(_places(n_queries), key_places):
         if j != other_j:
-            label(i, other_i, j, other_j)
+            channels.label(tokens, i, other_i, j, other_j)
     if n_queries == n_keys > 3:
-        # in attention over channels each entry depends on one channel of a head alone: go on until two entries show nothing new
-        n_without = 0
-        for i in range(n_keys):
-            other = (i + 2) % n_keys
-            has_new = label(i, other, (i + 1) % n_keys, other)
-            n_without = 0 if has_new else n_without + 1
-            if n_without == 2:
-                break
-    return stays, moves
+        _label_channel_attention(channels, tokens, n_keys)
+    return channels
+
+
+def _label_channel_attention(channels: _ChannelsOfPairs, tokens: TokensOfEntry, n: int) -> None:
+    """Label channels by further entries until two of them show nothing new.
+
+    In attention over channels each entry depends on one channel of a head alone.
+    """
+    n_without_new = 0
+    for i in range(n):
+        other = (i + 2) % n
+        has_new = channels.label(tokens, i, other, (i + 1) % n, other)
+        n_without_new = 0 if has_new else n_without_new + 1
+        if n_without_new == 2:
+            return
 
 
 def _places(n: int) -> list[tuple[int, int]]:
@@ -270,51 +301,50 @@ def _places(n: int) -> list[tuple[int, int]]:
     return list(dict.fromkeys([(first, last), (middle, first), (last, middle)])) if n > 2 else [(0, n - 1)]
 
 
-def _support(layer: LayerCall, gradient: Tensor | None) -> Tensor:
-    """Return ``(tokens, channels)``: where a gradient by a layer's output is not zero."""
-    if gradient is None:
-        gradient = torch.zeros_like(layer.output)
-    return (gradient.movedim(layer.channels, -1).flatten(0, -2) != 0).cpu()
+def _supports(value: Tensor, layers: Sequence[LayerCall]) -> list[Tensor]:
+    """Return ``(tokens, channels)`` a layer: where the derivative of a number by the layer's output is not zero."""
+    gradients = torch.autograd.grad(value, [layer.output for layer in layers], retain_graph=True, allow_unused=True)
+    supports = []
+    for layer, gradient in zip(layers, gradients):
+        gradient = torch.zeros_like(layer.output) if gradient is None else gradient
+        supports.append((gradient.movedim(layer.channels, -1).flatten(0, -2) != 0).cpu())  # (..., channels) to 2 axes
+    return supports
 
 
 def _label_bias(
-    model: nn.Module, trace: AttentionTrace, layer: LayerCall, masks: Sequence[Tensor], labels: dict[str, Tensor],
-    owners: dict[str, str], scope: str,
-) -> None:  # fmt: skip
-    """Label a bias like the rows of its weight; of one that is put together from parameters, each of these."""
-    assert layer.bias is not None
-    owner = owners[layer.weight]
-    if id(layer.bias) in trace.names:
-        sources = {trace.names[id(layer.bias)]: None}
-    else:
-        vectors = [
-            (n, p) for n, p in model.named_parameters() if p.ndim == 1 and n.startswith(f"{scope}." if scope else "")
-        ]
-        sources = dict(vectors)
-    for part, mask in zip("qkv", masks):
-        for name, vector in sources.items():
-            rows: Tensor | None = mask
-            if vector is not None:
-                if not layer.bias.requires_grad or not bool(mask.any()):
-                    continue
-                bias_sum = layer.bias[mask.to(layer.bias.device)].sum()
-                gradient = torch.autograd.grad(bias_sum, vector, retain_graph=True, allow_unused=True)[0]
-                rows = None if gradient is None else (gradient != 0).cpu()
-            if rows is not None and bool(rows.any()):
-                _mark(labels, name, len(rows), rows, part)
-                owners[name] = owner
-
-
-def _label_projection(
-    trace: AttentionTrace, call: SoftmaxCall, output: Tensor, labels: dict[str, Tensor], owners: dict[str, str]
+    model: nn.Module, trace: AttentionTrace, layer: LayerCall, masks: Sequence[Tensor], labels: _RowLabels, scope: str
 ) -> None:
+    """Label a bias like the rows of its weight; of one that is put together from parameters, each of these."""
+    if layer.bias is None:
+        return
+    owner = labels.owners[layer.weight]
+    name = trace.names.get(id(layer.bias))
+    if name is not None:
+        for part, mask in zip("qkv", masks):
+            if bool(mask.any()):
+                labels.mark(name, len(mask), part, owner, mask)
+        return
+    if not layer.bias.requires_grad:
+        return
+    prefix = f"{scope}." if scope else ""
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1 and name.startswith(prefix)}
+    for part, mask in zip("qkv", masks):
+        if not bool(mask.any()):
+            continue
+        bias_sum = layer.bias[mask.to(layer.bias.device)].sum()
+        for name, vector in vectors.items():
+            gradient = torch.autograd.grad(bias_sum, vector, retain_graph=True, allow_unused=True)[0]
+            rows = None if gradient is None else (gradient != 0).cpu()
+            if rows is not None and bool(rows.any()):
+                labels.mark(name, len(rows), part, owner, rows)
+
+
+def _label_projection(trace: AttentionTrace, call: SoftmaxCall, output: Tensor, labels: _RowLabels) -> None:
     """Label the first layer after attention's product that reads it."""
+    owner = _attention_name(call)
     for layer in trace.layers:
         if layer.time > call.time and layer.input.requires_grad and _depends(layer.input, output):
-            _mark(labels, layer.weight, layer.output.shape[layer.channels], slice(None), "proj")
-            owners[layer.weight] = _attention_name(call)
+            labels.mark(layer.weight, layer.output.shape[layer.channels], "proj", owner)
             if layer.bias is not None and id(layer.bias) in trace.names:
-                name = trace.names[id(layer.bias)]
-                _mark(labels, name, len(layer.bias), slice(None), "proj")
-                owners[name] = _attention_name(call)
+                labels.mark(trace.names[id(layer.bias)], len(layer.bias), "proj", owner)
             return

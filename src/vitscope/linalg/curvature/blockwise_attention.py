@@ -18,6 +18,7 @@ G alone, and P is computed again for some heads and rows at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class _Block(NamedTuple):
 
     queries: tuple[int, slice, slice]
     keys: tuple[int, slice]
-    bias: tuple[slice, slice, slice] | None
+    bias: tuple[slice, ...] | None
 
 
 def _blocks(q: Tensor, k: Tensor, bias: Tensor | None) -> Iterator[_Block]:
@@ -86,19 +87,14 @@ def _blocks(q: Tensor, k: Tensor, bias: Tensor | None) -> Iterator[_Block]:
     m = k.shape[2]
     entries = GPU_ENTRIES if q.is_cuda else CPU_ENTRIES
     heads, rows = max(1, min(n_heads, entries // (n * m))), max(1, min(n, entries // m))
-    for image in range(n_images):
-        for h in range(0, n_heads, heads):
-            for r in range(0, n, rows):
-                at, part = slice(h, h + heads), slice(r, r + rows)
-                place = None
-                if bias is not None:  # of a size of 1 the same for all
-                    sizes = bias.shape
-                    place = (
-                        slice(image, image + 1) if sizes[0] > 1 else slice(0, 1),
-                        at if sizes[1] > 1 else slice(0, 1),
-                        part if sizes[2] > 1 else slice(0, 1),
-                    )
-                yield _Block((image, at, part), (image, at), place)
+    for image, head, row in itertools.product(range(n_images), range(0, n_heads, heads), range(0, n, rows)):
+        of_heads, of_rows = slice(head, head + heads), slice(row, row + rows)
+        place = None
+        if bias is not None:
+            places = (slice(image, image + 1), of_heads, of_rows)
+            # an axis of size 1 is the same for all
+            place = tuple(part if size > 1 else slice(0, 1) for part, size in zip(places, bias.shape))
+        yield _Block((image, of_heads, of_rows), (image, of_heads), place)
 
 
 def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, block: _Block) -> Tensor:

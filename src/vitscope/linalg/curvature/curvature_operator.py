@@ -164,19 +164,16 @@ class Curvature:
 
     def unshifted(self, v: Tensor) -> Sequence[Tensor]:
         """Return ``C v - shift v`` in pieces, without joining them where that can be spared."""
-        if (
-            self._kept is None
-            or self.differences is not None
-            or (self.reduce and distributed.world_size() > 1)
-            or not self._is_shift
-        ):
-            product = self.data_product(v)
-            return [
-                product if self._is_shift else add_l2_product(self.objective, self.parameters, self.split(v), product)
-            ]
-        stop_flag.check()
-        self.n_products += 1
-        return self._kept.product(self.split(v))
+        is_exact = self.differences is None
+        is_summed_over_ranks = self.reduce and distributed.world_size() > 1
+        if self._kept is not None and is_exact and self._is_shift and not is_summed_over_ranks:
+            stop_flag.check()
+            self.n_products += 1
+            return self._kept.product(self.split(v))
+        product = self.data_product(v)
+        if not self._is_shift:
+            product = add_l2_product(self.objective, self.parameters, self.split(v), product)
+        return [product]
 
     @property
     def _is_shift(self) -> bool:

@@ -1,4 +1,4 @@
-"""Convolutions, BatchNorm and attention whose second derivatives cost what they must.
+"""Convolutions, BatchNorm and attention with efficient second derivatives.
 
 PyTorch differentiates a convolution's backward pass by convolutions with the image as kernel, one group at a time. But that
 pass is bilinear in the output's gradient and in (image, kernel), so its derivative is two convolutions and one more backward
@@ -126,7 +126,9 @@ class _Backward(torch.autograd.Function):
         needs_gradient = [ctx.needs_input_grad[1] and v is not None, ctx.needs_input_grad[2] and u is not None, False]
         dx, dw = None, None
         if any(needs_gradient):
-            image, kernel = x if u is None else u, weight if v is None else v  # the other one is not used
+            # where nothing is propagated to one of them, the other's gradient is not computed and does not read it
+            image = x if u is None else u
+            kernel = weight if v is None else v
             dx, dw, _ = aten.convolution_backward(g, image, kernel, None, *ctx.options, needs_gradient)
         return dg, dx, dw, None, None
 

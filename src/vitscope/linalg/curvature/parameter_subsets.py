@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitscope.core.tap import Kind
 from vitscope.linalg.curvature.attention_rows import AttentionParts, attention_parts
 from vitscope.linalg.curvature.attention_trace import LayerCall
-from vitscope.linalg.curvature.row_slices import row_slice, sliced_parameters
+from vitscope.linalg.curvature.row_slices import RowSlice, row_slice, sliced_parameters
 
 Subset = str | list[str] | None
 Images = Callable[[], Tensor | None]
@@ -82,13 +82,15 @@ def analyzed_parameters(
     """
     selected = select_parameters(model, parameters, subset, images)
     analyzed: dict[str, Tensor] = {}
+    slices: dict[str, RowSlice] = {}
     for name, selection in selected.items():
         if selection.rows is None:
             analyzed[name] = parameters[name]
         else:
-            analyzed[f"{name}[{','.join(selection.parts)}]"] = row_slice(name, parameters[name], selection.rows)
-    slices = {name: p for name, p in analyzed.items() if name not in selected}
-    with sliced_parameters(model, slices):  # type: ignore[arg-type]  # those that are not in `selected` are slices
+            slice_name = f"{name}[{','.join(selection.parts)}]"
+            slices[slice_name] = row_slice(name, parameters[name], selection.rows)
+            analyzed[slice_name] = slices[slice_name]
+    with sliced_parameters(model, slices):
         yield analyzed
 
 
@@ -250,7 +252,12 @@ def subset_name(model: nn.Module, subset: Subset = None) -> str:
     No measure analyzes frozen parameters. A network with many of them (`LARGEST_TRAINABLE_SHARE`) has the card ``trainable`` in
     place of ``all``, and another subset is followed by that word.
     """
-    name = subset if isinstance(subset, str) else "all" if subset is None else ", ".join(subset)
+    if subset is None:
+        name = "all"
+    elif isinstance(subset, str):
+        name = subset
+    else:
+        name = ", ".join(subset)
     n_values = sum(p.numel() for p in model.parameters())
     n_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not n_trainable or n_trainable > LARGEST_TRAINABLE_SHARE * n_values:

@@ -73,7 +73,7 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     originals = [(module, "forward" in vars(module), module.forward) for module in modules.values()]
     try:
         for name, module in modules.items():
-            module.forward = _recomputing(name, module)
+            module.forward = _RecomputedForward(name, module)
         yield
     finally:
         for module, is_own, forward in originals:
@@ -83,53 +83,69 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                 del module.forward
 
 
-def _recomputing(name: str, module: nn.Module) -> Callable[..., Tensor]:
-    """Return a function that takes the place of a module's ``forward``."""
-    forward = module.forward
-    is_inside, is_checked = False, False
+class _RecomputedForward:
+    """A function that takes the place of a module's ``forward`` and keeps its inputs alone for derivatives.
 
-    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal is_inside
-        if is_inside or not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        parameters = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    Args:
+        name: The module's name, for errors.
+        module: The module.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name, self._module, self._forward = name, module, module.forward
+        self._is_inside = False
+        self._is_checked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._is_inside or not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        parameters = {key: p for key, p in self._module.named_parameters() if p.requires_grad}
         places = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         others = [value for i, value in enumerate(args) if i not in places]
         if any(t.requires_grad for t in tensors_in((others, tuple(kwargs.values())))):  # they would count as constants
-            return forward(*args, **kwargs)
+            return self._forward(*args, **kwargs)
 
         def call(tensors: Sequence[Tensor]) -> Tensor:
-            nonlocal is_inside, is_checked
             values = list(args)
             for place, tensor in zip(places, tensors[len(parameters) :]):
                 values[place] = tensor
-            versions = [version(tensor) for tensor in tensors]
-            is_inside = True
-            try:
-                # derivatives on a GPU are taken by threads without the modes of this one
-                with BilinearConvDoubleBackward():
-                    out = call_with(module, dict(zip(parameters, tensors)), tuple(values), kwargs)
-            finally:
-                is_inside = False
-            if not isinstance(out, Tensor):
-                raise ValueError(
-                    f"Expected blocks that return one tensor with checkpoint_blocks, received {type(out).__name__} from "
-                    f"{name!r}: set checkpoint_blocks=False."
-                )
-            # the next derivative would start from changed values
-            if versions != [version(tensor) for tensor in tensors]:
-                raise ValueError(
-                    f"Expected blocks that leave their inputs as they are with checkpoint_blocks, received {name!r}, which "
-                    "changes one in place: set checkpoint_blocks=False."
-                )
-            if not is_checked and out.grad_fn is not None:
-                _check_sources(name, out, tensors)
-                is_checked = True
+            with self._refusing_changes(tensors):
+                out = self._substituted(dict(zip(parameters, tensors)), tuple(values), kwargs)
+            if not self._is_checked and out.grad_fn is not None:
+                _check_sources(self._name, out, tensors)
+                self._is_checked = True
             return out
 
         return _Block.apply(call, *parameters.values(), *(args[place] for place in places))
 
-    return wrapper
+    def _substituted(
+        self, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return the module's output with other tensors in the place of its parameters."""
+        self._is_inside = True
+        try:
+            # derivatives on a GPU are taken by threads without the modes of this one
+            with BilinearConvDoubleBackward():
+                out = call_with(self._module, parameters, args, kwargs)
+        finally:
+            self._is_inside = False
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                f"Expected blocks that return one tensor with checkpoint_blocks, received {type(out).__name__} from "
+                f"{self._name!r}: set checkpoint_blocks=False."
+            )
+        return out
+
+    @contextmanager
+    def _refusing_changes(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Refuse a block that changes its tensors: the next derivative would start from changed values."""
+        versions = [version(tensor) for tensor in tensors]
+        yield
+        if versions != [version(tensor) for tensor in tensors]:
+            raise ValueError(
+                f"Expected blocks that leave their inputs as they are with checkpoint_blocks, received {self._name!r}, which "
+                "changes one in place: set checkpoint_blocks=False."
+            )
 
 
 def _check_sources(name: str, out: Tensor, leaves: Sequence[Tensor]) -> None:
@@ -192,16 +208,14 @@ class _Backward(torch.autograd.Function):
             g_leaf = g.detach().requires_grad_()
             out = ctx.call(inputs)
             first = torch.autograd.grad(out, leaves, g_leaf, create_graph=True, allow_unused=True)
-            places = [i for i, is_needed in enumerate(ctx.needed) if is_needed]
-            pairs = [
-                (gradient, vectors[place])
-                for gradient, place in zip(first, places)
-                if gradient is not None and gradient.requires_grad and vectors[place] is not None
-            ]
-            second = (
-                torch.autograd.grad([p[0] for p in pairs], [g_leaf, *leaves], [p[1] for p in pairs], allow_unused=True)
-                if pairs
-                else [None] * (1 + len(leaves))
-            )
+            gradients, propagated = [], []
+            needed_vectors = [vector for vector, is_needed in zip(vectors, ctx.needed) if is_needed]
+            for gradient, vector in zip(first, needed_vectors):
+                if gradient is not None and gradient.requires_grad and vector is not None:
+                    gradients.append(gradient)
+                    propagated.append(vector)
+            second: Sequence[Tensor | None] = [None] * (1 + len(leaves))
+            if gradients:
+                second = torch.autograd.grad(gradients, [g_leaf, *leaves], propagated, allow_unused=True)
         rest = iter(second[1:])
         return None, None, second[0], *(next(rest) if is_needed else None for is_needed in ctx.needed)

@@ -109,9 +109,8 @@ def _property(key: str, part: RowSlice) -> property:
     is_other = torch.ones(n, dtype=torch.bool, device=part.rows.device)
     is_other[part.rows] = False
     others = part.whole[is_other]
-    order = torch.cat(
-        (part.rows, is_other.nonzero()[:, 0])
-    ).argsort()  # from rows of the slice and others to those of the whole
+    # from rows of the slice, followed by the others, to those of the whole
+    order = torch.cat((part.rows, is_other.nonzero()[:, 0])).argsort()
 
     def whole(module: nn.Module) -> Tensor:
         current = module._parameters[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -50,6 +50,16 @@ def pruning_masks(model: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
+def _made_by_hooks(own_parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield each weight of a module that a hook makes from parameters, and the endings of the names of these."""
+    for ends in _MADE_FROM:
+        for name in own_parameters:
+            key = name.removesuffix(ends[0])
+            has_all_parts = name.endswith(ends[0]) and all(f"{key}{end}" in own_parameters for end in ends)
+            if has_all_parts and key not in own_parameters:
+                yield key, ends
+
+
 def made_weights(model: nn.Module) -> dict[str, str]:
     """Return the parameters from which weights are made before each pass, by name, with the names of those weights.
 
@@ -64,15 +74,10 @@ def made_weights(model: nn.Module) -> dict[str, str]:
             for key, chain in cast(nn.ModuleDict, module.parametrizations).items():
                 sources |= {names[id(p)]: f"{path}.{key}".lstrip(".") for p in chain.parameters() if id(p) in names}
         own_parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        for ends in _MADE_FROM:
-            for key in [key.removesuffix(ends[0]) for key in own_parameters if key.endswith(ends[0])]:
-                parts = [f"{path}.{key}{end}".lstrip(".") for end in ends]
-                if (
-                    key not in own_parameters
-                    and all(f"{key}{end}" in own_parameters for end in ends)
-                    and not set(parts) & set(masks)
-                ):
-                    sources |= dict.fromkeys(parts, f"{path}.{key}".lstrip("."))
+        for key, ends in _made_by_hooks(own_parameters):
+            parts = [f"{path}.{key}{end}".lstrip(".") for end in ends]
+            if not set(parts) & set(masks):
+                sources |= dict.fromkeys(parts, f"{path}.{key}".lstrip("."))
     return sources
 
 

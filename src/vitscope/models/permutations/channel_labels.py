@@ -84,19 +84,19 @@ def is_cut(label: Label) -> bool:
 
 
 def _merge_parts(a: Label, b: Label) -> None:
-    if [p.size for p in a.blocks] == [p.size for p in b.blocks] and (a.heads is None) == (b.heads is None):
-        pairs = list(zip(a.blocks, b.blocks))
-        if a.heads is not None and b.heads is not None:
-            if a.heads[0].size == b.heads[0].size:
-                pairs += zip(a.heads, b.heads)
-            else:
-                a.fixed = a.fixed or f"{a.origin} and {b.origin} have different heads"
-        for one, other in pairs:
-            merge(one, other)
-    else:
+    if [p.size for p in a.blocks] != [p.size for p in b.blocks] or (a.heads is None) != (b.heads is None):
         a.fixed = a.fixed or f"{a.origin} and {b.origin} are cut differently"
         for part in (*b.blocks, *(b.heads or ())):
             fix(part, a.fixed)
+        return
+    pairs = list(zip(a.blocks, b.blocks))
+    if a.heads is not None and b.heads is not None:
+        if a.heads[0].size == b.heads[0].size:
+            pairs += zip(a.heads, b.heads)
+        else:
+            a.fixed = a.fixed or f"{a.origin} and {b.origin} have different heads"
+    for one, other in pairs:
+        merge(one, other)
 
 
 def cut_into_blocks(label: Label, sizes: tuple[int, ...]) -> tuple[Label, ...]:

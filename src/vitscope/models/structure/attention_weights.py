@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -147,67 +147,53 @@ class AttentionMode(TorchFunctionMode):
         return tensor if source is None else source
 
     def _product(self, name: str, args: Any, kwargs: Any) -> None:
-        operands = args[1:] if args and isinstance(args[0], str) else args
-        operands = operands[0] if operands and isinstance(operands[0], tuple | list) else operands
-        operands = [t for t in (*operands, *kwargs.values()) if isinstance(t, Tensor)]
-        position = next((i for i, t in enumerate(operands) if t in self.softmax_of), None)
-        if position is None or any(_mixes_heads(t, self._softmax(operands[position])) for t in operands):
+        operands = _operands(args, kwargs)
+        position = next((i for i, operand in enumerate(operands) if operand in self.softmax_of), None)
+        if position is None:
             return
         weights = self._softmax(operands[position])
-        if weights in self.used:
+        if weights in self.used or any(_mixes_heads(operand, weights) for operand in operands):
             return
         self.used[weights] = True
         is_transposed = self.over_queries[weights]
-        oriented = weights.transpose(-2, -1) if is_transposed else weights
+        oriented = weights.transpose(-2, -1) if is_transposed else weights  # (..., queries, keys)
         axes = _summed_axes(name, args, position, operands[position].ndim)
-        is_mean = _sums_to_one(operands[position], axes, weights.dtype)
-        self.fn(
-            AttentionCall(
-                (lambda: _at_least_single(oriented)) if is_mean else _unread_means,
-                softmax=oriented, source=weights, is_transposed=is_transposed, refusal="" if is_mean else _NO_MEAN,
-            )
-        )  # fmt: skip
+        call = AttentionCall(
+            lambda: _at_least_single(oriented), softmax=oriented, source=weights, is_transposed=is_transposed
+        )
+        if not _sums_to_one(operands[position], axes, weights.dtype):
+            call = replace(call, weights=_unread_means, refusal=_NO_MEAN)
+        self.fn(call)
 
     def _one_call(self, func: Any, args: Any, kwargs: Any) -> Any:
         options = _sdpa_arguments(*args, **kwargs)
+        query, key, value = options["query"], options["key"], options["value"]
         refusal = _refusal(options)
-        weights = attention_weights(**options) if self.explicit and not refusal else None
-        self.fn(
-            AttentionCall(
-                lambda: attention_weights(**options) if weights is None else weights,
-                options["query"], options["key"], source=weights, refusal=refusal,
-            )
-        )  # fmt: skip
-        return func(*args, **kwargs) if weights is None else weights.to(options["value"].dtype) @ options["value"]
+        if not self.explicit or refusal:
+            self.fn(AttentionCall(lambda: attention_weights(**options), query, key, refusal=refusal))
+            return func(*args, **kwargs)
+        weights = attention_weights(**options)
+        self.fn(AttentionCall(lambda: weights, query, key, source=weights))
+        return weights.to(value.dtype) @ value
 
     def _multi_head(self, func: Any, args: Any, kwargs: Any) -> Any:
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
-        unusual = ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask", "attn_mask")
-        if (
-            arguments["query"].ndim != 3
-            or arguments["add_zero_attn"]
-            or any(arguments[name] is not None for name in unusual)
-        ):
-            self.fn(
-                AttentionCall(
-                    _unread, arguments["query"], arguments["key"], refusal="its attention has additional keys or masks"
-                )
-            )
+        if _is_unusual(arguments):
+            refusal = "its attention has additional keys or masks"
+            self.fn(AttentionCall(_unread, arguments["query"], arguments["key"], refusal=refusal))
             return func(*args, **kwargs)
         query, key, value = _heads(arguments)
-        weights = attention_weights(query, key, value) if self.explicit else None
-        self.fn(
-            AttentionCall(
-                lambda: attention_weights(query, key, value) if weights is None else weights, query, key, source=weights
-            )
-        )
-        if weights is None:
+        if not self.explicit:
+            self.fn(AttentionCall(lambda: attention_weights(query, key, value), query, key))
             return func(*args, **kwargs)
+        weights = attention_weights(query, key, value)
+        self.fn(AttentionCall(lambda: weights, query, key, source=weights))
         out = (weights.to(value.dtype) @ value).permute(2, 0, 1, 3).flatten(2)  # (B, heads, L, d) to (L, B, heads * d)
-        average = arguments["average_attn_weights"]
-        returned = (weights.mean(1) if average else weights) if arguments["need_weights"] else None
+        returned = None
+        if arguments["need_weights"]:
+            returned = weights.mean(1) if arguments["average_attn_weights"] else weights
         return F.linear(out, arguments["out_proj_weight"], arguments["out_proj_bias"]), returned
 
 
@@ -239,6 +225,22 @@ def attention_weights(
 
 #: `attention_weights` takes the arguments of ``scaled_dot_product_attention`` in its order
 _SDPA_SIGNATURE = inspect.signature(attention_weights)
+
+
+def _operands(args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors that a product multiplies, which stand behind the equation of an einsum or in one sequence."""
+    operands = args[1:] if args and isinstance(args[0], str) else args
+    if operands and isinstance(operands[0], tuple | list):
+        operands = operands[0]
+    return [operand for operand in (*operands, *kwargs.values()) if isinstance(operand, Tensor)]
+
+
+def _is_unusual(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a call of ``multi_head_attention_forward`` has no batch, additional keys or masks."""
+    unusual = ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask", "attn_mask")
+    if arguments["query"].ndim != 3 or arguments["add_zero_attn"]:
+        return True
+    return any(arguments[name] is not None for name in unusual)
 
 
 def _mixes_heads(operand: Tensor, weights: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitscope.core.guard.parameter_use import parameter_owners
 from vitscope.core.guard.trial_pass import UntraceableError, first_that_runs, observing, trial_images
 from vitscope.models.structure.pointwise import PointwiseBranches
 from vitscope.runtime.torch_internals import HigherOrderOperator
@@ -154,11 +155,7 @@ class _Recorder(TorchFunctionMode):
         merged = [node for time, node in self.merges if time > last and _ancestors([node]) & set(last_nodes)]
         units = [node for _, nodes in self.block_ends for node in nodes]
         self.seen.reaching = _leaves([*units, *merged] if units else ends, self.names)
-        owners = {
-            f"{name}.{key}".strip("."): module
-            for name, module in self.model.named_modules()
-            for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
-        }
+        owners = parameter_owners(self.model)
         for name in self.seen.reaching | _leaves(ends, self.names):
             if name not in self.seen.first_use and owners.get(name) in self.seen.starts:
                 self.seen.first_use[name] = self.seen.starts[owners[name]]

@@ -146,7 +146,7 @@ def to_map(
 
     Raises:
         StructureError: A layout that is not known.
-        ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
+        ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map per image.
     """
     if isinstance(order, TokenOrder):
         return _ordered_map(value, name, forward_pass, order)
@@ -215,10 +215,12 @@ def prefix_tokens(value: Tensor, layout: Layout, n_prefix: int, order: TokenOrde
         if 0 < n_prefix == int((~is_of_map).sum()):
             return tokens[:, (~is_of_map).to(tokens.device)]
         n_prefix = int(order.index.min())
-    elif layout in ("NLC", "NCL", "LNC"):
-        tokens = (
-            value if layout == "NLC" else value.transpose(1, 2) if layout == "NCL" else value.transpose(0, 1)
-        )  # (B, N, C)
+    elif layout == "NLC":
+        tokens = value
+    elif layout == "NCL":
+        tokens = value.transpose(1, 2)  # (B, C, N) to (B, N, C)
+    elif layout == "LNC":
+        tokens = value.transpose(0, 1)  # (N, B, C) to (B, N, C)
     else:
         return None
     return tokens[:, :n_prefix] if n_prefix else None

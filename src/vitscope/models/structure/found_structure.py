@@ -86,32 +86,45 @@ def _found(model: nn.Module, images: Tensor | None) -> FoundStructure:
     """
     components, error = _components(model)
     guesses = [piece for piece in components if is_known_by_children(piece.block) and piece.part.is_residual]
-    model_trace, failure = _traced(model, images) if guesses else (None, None)
-    if model_trace is not None and not all(
-        adds_branch(model_trace, piece.block, piece.part, piece.block.get_submodule("conv1")) for piece in guesses
-    ):
-        components, error = _components(model, by_children=False)
+    model_trace: Trace | None = None
+    failure: UntraceableError | None = None
+    if guesses:
+        model_trace, failure = _traced(model, images)
+        if model_trace is not None and not _confirms(model_trace, guesses):
+            components, error = _components(model, by_children=False)
     described: FoundStructure | None = None
     if any(piece.part.is_residual for piece in components):
         described = _described(model, components, images)
-        is_partial = described.observed is not None and (
-            described.observed.has_other_sums or described.observed.splits_images
-        )
-        if not described.missing and not is_partial:
+        if _is_complete(described):
             return described
     if not guesses:
         model_trace, failure = _traced(model, images)
-    traced = traced_structure(model, model_trace) if model_trace is not None else None
     if failure is not None and described is None and (error is not None or not _is_plain(model)):
         reason = " ".join(str(failure).split()).rstrip(".")
         raise StructureError(model_name(model), f"its forward pass fails: {reason}", _fix_of_pass(reason)) from failure
-    if traced is not None and (described is None or described.missing or _completes(traced, described)):
-        return _of_trace(traced, described)
+    if model_trace is not None:
+        traced = traced_structure(model, model_trace)
+        if traced is not None and (described is None or described.missing or _completes(traced, described)):
+            return _of_trace(traced, described)
     if described is not None:
         return described
     if error is not None:
         raise error
     return _described(model, components, images)
+
+
+def _confirms(model_trace: Trace, guesses: Sequence[ModelComponent]) -> bool:
+    """Whether blocks that are known by the names of their children add the branch that begins at ``conv1``."""
+    return all(
+        adds_branch(model_trace, piece.block, piece.part, piece.block.get_submodule("conv1")) for piece in guesses
+    )
+
+
+def _is_complete(described: FoundStructure) -> bool:
+    """Whether described blocks cover the model, and a forward pass shows no other sums and whole images in each block."""
+    observed = described.observed
+    is_partial = observed is not None and (observed.has_other_sums or observed.splits_images)
+    return not described.missing and not is_partial
 
 
 def _components(model: nn.Module, by_children: bool = True) -> tuple[list[ModelComponent], ValueError | None]:

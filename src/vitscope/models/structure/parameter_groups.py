@@ -9,6 +9,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from vitscope.core.guard.eager_execution import unwrapped
+from vitscope.core.guard.parameter_use import parameter_owners
 from vitscope.core.probe import Probe
 from vitscope.core.tap import Kind
 from vitscope.core.undefined_values import warn_nulls
@@ -146,11 +147,7 @@ def _by_execution(
     units = residual_blocks(components) or [piece.block for piece in components]
     start = min((observed.starts[block] for block in units if block in observed.starts), default=0)
     end = max((observed.ends[block] for block in units if block in observed.ends), default=0)
-    owners = {
-        f"{path}.{key}".strip("."): module
-        for path, module in model.named_modules()
-        for key, _ in module.named_parameters(recurse=False, remove_duplicate=False)
-    }
+    owners = parameter_owners(model)
     inside = tuple(f"{path}." for path, module in model.named_modules() if module in units or is_gate(module))
     places: dict[str, Place] = {}
     latest: Place = (components[0].part.kind, components[0].stage)

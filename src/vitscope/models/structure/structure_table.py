@@ -94,8 +94,12 @@ class Structure:
 def _remark(unit: StructureUnit) -> str:
     if not unit.residual:
         return "not residual"
-    remarks = ["" if unit.branch else "branch is no module's output", "holds an MLP too" if unit.with_mlp else ""]
-    return ", ".join(filter(None, remarks))
+    remarks = []
+    if not unit.branch:
+        remarks.append("branch is no module's output")
+    if unit.with_mlp:
+        remarks.append("holds an MLP too")
+    return ", ".join(remarks)
 
 
 def structure(model: nn.Module, images: Tensor | None = None) -> Structure:

@@ -241,15 +241,21 @@ def _is_bridge(trace: Trace, outer: Addition, inner: Iterable[Addition]) -> bool
     for a in inner:
         if a.stream != outer.source and not trace.is_ancestor(outer.source, a.stream):
             return True  # it adds to a stream that the outer source is no part of
-        index = a.stream
-        for _ in range(24):
-            if index == outer.source:
-                return True
-            node = trace.nodes[index]
-            sources = list({i for i in node.inputs if trace.nodes[i].varying})
-            if not (node.op in IDENTITIES or node.op in _MULTIPLES) or len(sources) != 1:
-                break
-            index = sources[0]
+        if _is_multiple(trace, a.stream, outer.source):
+            return True  # it adds to the outer stream
+    return False
+
+
+def _is_multiple(trace: Trace, index: int, source: int) -> bool:
+    """Whether a node is a source itself, or made of it by a few rearrangements and multiplications by constants."""
+    for _ in range(24):
+        if index == source:
+            return True
+        node = trace.nodes[index]
+        sources = list({i for i in node.inputs if trace.nodes[i].varying})
+        if not (node.op in IDENTITIES or node.op in _MULTIPLES) or len(sources) != 1:
+            return False
+        index = sources[0]
     return False
 
 

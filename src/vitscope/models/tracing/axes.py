@@ -188,8 +188,9 @@ def _regrouped_names(names: str, sizes: Sequence[int], grid: tuple[int, int] | N
 def multiplied(first: Axes, second: Axes) -> Axes:
     """Return the axes of a matrix product: rows of the first factor, columns of the second."""
     names = first.names[:-1] + second.names[-1:]
-    has_tokens = "L" in first.names[:-1]
-    return Axes(names, first.grid if has_tokens else None, first.n_prefix if has_tokens else 0)
+    if "L" in first.names[:-1]:
+        return Axes(names, first.grid, first.n_prefix)
+    return Axes(names)
 
 
 def index_entries(index: Any, n_axes: int) -> list[Any]:
@@ -238,9 +239,10 @@ def pieces(axes: Axes, shapes: Sequence[Sequence[int]], axis: int) -> list[Axes]
         return [axes for _ in shapes]
     results, start = [], 0
     for k, shape in enumerate(shapes):
-        keeps_grid = start <= axes.n_prefix and k == len(shapes) - 1
-        names = axes.names if keeps_grid else axes.names[:axis] + "?" + axes.names[axis + 1 :]
-        results.append(Axes(names, axes.grid if keeps_grid else None, axes.n_prefix - start if keeps_grid else 0))
+        if start <= axes.n_prefix and k == len(shapes) - 1:
+            results.append(Axes(axes.names, axes.grid, axes.n_prefix - start))
+        else:
+            results.append(Axes(axes.names[:axis] + "?" + axes.names[axis + 1 :]))
         start += shape[axis]
     return results
 

@@ -166,10 +166,10 @@ class Trace:
         vectors read.
         """
         closed = set(region)
-        for index in range(max(region, default=0), -1, -1):
+        for index in range(max(region, default=0), 0, -1):
             uses = self.consumers[index]
-            before = index < source and self.nodes[index].varying
-            if index not in closed and uses and all(use in closed for use in uses) and index != 0 and not before:
+            is_before_source = index < source and self.nodes[index].varying
+            if uses and all(use in closed for use in uses) and not is_before_source:
                 closed.add(index)
         return closed
 

@@ -209,9 +209,9 @@ def _evidence(findings: Sequence[StatisticResult]) -> ClaimEvidence:
     tests = [f.tests for f in agreeing if f.tests is not None]
     opposite = [f.tests for f in agreeing if f.is_opposite and f.tests is not None and not f.effect.decides_nothing]
     if opposite:
-        p, p_t = (
-            min(1.0, len(findings) * min(values)) for values in ([t.largest for t in opposite], [t.t for t in opposite])
-        )
+        # the least p-value of the opposite parts, corrected for the number of all
+        p = min(1.0, len(findings) * min(t.largest for t in opposite))
+        p_t = min(1.0, len(findings) * min(t.t for t in opposite))
         return ClaimEvidence(-1, p, p_t, min(opposite, key=lambda t: t.t).is_one_sign)
     if len(agreeing) < len(findings) or any(f.effect.blocked for f in agreeing):
         return ClaimEvidence(0, 1.0, 1.0)

@@ -31,19 +31,17 @@ def find_experiments(selection: Selection) -> dict[tuple[str, str], Runs] | None
         key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
     }
     best: dict[tuple[str, str], Runs] | None = None
+    n_best_seeds = 0
     for same_setting in by_setting(groups, tuple(objective)).values():
-        experiments = {
-            (family, training): runs
-            for family in MODELS
-            for training, runs in _pair(
-                [g for g in same_setting if lowest_seed_run(g).kin == family], objective
-            ).items()
-        }
-        if len(experiments) == 4 and (
-            best is None or len(seeds_of(experiments.values())) > len(seeds_of(best.values()))
-        ):
-            best = experiments
-    return best if best is not None and seeds_of(best.values()) else None
+        experiments: dict[tuple[str, str], Runs] = {}
+        for family in MODELS:
+            of_family = [runs for runs in same_setting if lowest_seed_run(runs).kin == family]
+            for training, runs in _pair(of_family, objective).items():
+                experiments[family, training] = runs
+        n_seeds = len(seeds_of(experiments.values()))
+        if len(experiments) == 4 and n_seeds > n_best_seeds:
+            best, n_best_seeds = experiments, n_seeds
+    return best
 
 
 def _pair(groups: Sequence[Runs], objective: set[str]) -> dict[str, Runs]:

@@ -78,13 +78,13 @@ def _control(report_runs: ReportRuns, runs: Runs, control: str) -> Runs | None:
     if control == "cost":
         within = setting(lowest_seed_run(runs).config)
         candidates = [g for g in report_runs.groups(without_attention) if setting(lowest_seed_run(g).config) == within]
-        near = [
-            (gap, i)
-            for i, g in enumerate(candidates)
-            if (gap := _relative_cost_difference(report_runs, lowest_seed_run(runs), lowest_seed_run(g)))
-            <= COST_TOLERANCE
+        gaps = [
+            _relative_cost_difference(report_runs, lowest_seed_run(runs), lowest_seed_run(candidate))
+            for candidate in candidates
         ]
-        return candidates[min(near)[1]] if near else None
+        if not gaps or min(gaps) > COST_TOLERANCE:
+            return None
+        return candidates[gaps.index(min(gaps))]
     twins = report_runs.groups(lambda e: e.family == "alternet" and option(e, "mixer", "msa") == control)
     wanted_digest = digest_without(runs, "model.mixer", "model.blur_size")
     return next((g for g in twins if digest_without(g, "model.mixer", "model.blur_size") == wanted_digest), None)
@@ -139,14 +139,8 @@ def _matched_tags(report_runs: ReportRuns, a: Entry, b: Entry, measure: str) -> 
     The run that ends with the higher loss is taken at its end, the other where its loss is nearest to that. Both losses are of
     one measure, the first of `TRAIN_NLL` that both runs have.
     """
-    losses = next(
-        (
-            losses_of_measure
-            for name in TRAIN_NLL
-            if (losses_of_measure := _losses_by_tag(report_runs, (a, b), measure, name))
-        ),
-        None,
-    )
+    by_measure = (_losses_by_tag(report_runs, (a, b), measure, name) for name in TRAIN_NLL)
+    losses = next(filter(None, by_measure), None)
     if losses is None:
         return None
     end = report_runs.selection.tag

@@ -12,6 +12,11 @@ from vitscope.reports.run_entry import Entry
 from vitscope.reports.tables.table import Problem
 from vitscope.reports.value_lookup import FAILED, MISSING
 
+#: analysis, measure and moment
+FigureKey = tuple[str, str, str]
+#: results of a figure by the name in its legend
+ResultsByLabel = dict[str, list[tuple[Entry, Measured]]]
+
 #: in place of a moment: results of several moments, each run's newest
 NEWEST = "newest"
 #: experiments in one figure; more are spread over several
@@ -82,37 +87,57 @@ def panels(
         order: Names in the legend of the curves that come first.
         allow_different: Overlay results whose cards differ, the differing keys in their names.
     """
-    names, ranks = labels or {}, {name: rank for rank, name in enumerate(order)}
-    results_by_figure: dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]] = {}
-    for entry in entries:
-        if entry.superseded:
-            continue
-        label = entry.label if group_by == "model" else f"{entry.label}, {entry.id}"
-        label = names.get(entry.id, names.get(label, label))
-        for m in entry.results_at(tag):
-            if not m.error and (analyses is None or m.analysis in analyses):
-                figure = (m.analysis, m.measure, NEWEST if tag is None else m.tag)
-                results_by_figure.setdefault(figure, {}).setdefault(label, []).append((entry, m))
-    results_by_figure = _without_crowded_steps(results_by_figure) if tag == "all" else results_by_figure
+    results_by_figure = _results_by_figure(entries, tag, analyses, group_by, labels or {})
+    if tag == "all":
+        results_by_figure = _without_crowded_steps(results_by_figure)
     results_by_figure = {_with_shared_tag(key, results): results for key, results in results_by_figure.items()}
+    ranks = {name: rank for rank, name in enumerate(order)}
     planned: list[Panel] = []
     for (analysis, _, result_tag), by_label in sorted(
         results_by_figure.items(), key=lambda item: (item[0][0], moment(item[0][2]))
     ):
         by_rank = dict(sorted(by_label.items(), key=lambda item: ranks.get(item[0], len(ranks))))
         planned += _panels_of_moment(analysis, result_tag, by_rank, allow_different)
-    planned += _panels_along_training(results_by_figure) if tag == "all" else []
+    if tag == "all":
+        planned += _panels_along_training(results_by_figure)
+    return _with_unique_names(planned)
+
+
+def _results_by_figure(
+    entries: Sequence[Entry],
+    tag: str | None,
+    analyses: Sequence[str] | None,
+    group_by: str,
+    labels: Mapping[str, str],
+) -> dict[FigureKey, ResultsByLabel]:
+    """Return the results to draw; arguments are those of `panels`."""
+    results_by_figure: dict[FigureKey, ResultsByLabel] = {}
+    for entry in entries:
+        if entry.superseded:
+            continue
+        label = entry.label if group_by == "model" else f"{entry.label}, {entry.id}"
+        label = labels.get(entry.id, labels.get(label, label))
+        for measured in entry.results_at(tag):
+            if not measured.error and (analyses is None or measured.analysis in analyses):
+                key = (measured.analysis, measured.measure, NEWEST if tag is None else measured.tag)
+                results_by_figure.setdefault(key, {}).setdefault(label, []).append((entry, measured))
+    return results_by_figure
+
+
+def _with_unique_names(planned: Sequence[Panel]) -> list[Panel]:
+    """Return panels of which those with a name that is in use, as of two measures of one analysis, are named by measure too."""
     used_names: set[str] = set()
-    for index, panel in enumerate(planned):  # two measures under one analysis's name
+    renamed = []
+    for panel in planned:
         name = panel.name if panel.name not in used_names else f"{panel.name}-{panel.curves[0].measured.measure}"
         used_names.add(name)
-        planned[index] = replace(panel, name=name)
-    return planned
+        renamed.append(replace(panel, name=name))
+    return renamed
 
 
 def _without_crowded_steps(
-    by_figure: Mapping[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]],
-) -> dict[tuple[str, str, str], dict[str, list[tuple[Entry, Measured]]]]:
+    by_figure: Mapping[FigureKey, ResultsByLabel],
+) -> dict[FigureKey, ResultsByLabel]:
     """Leave at most `PER_FIGURE` steps of each analysis, evenly spaced from the first to the last.
 
     The course over all steps is in the figure of its scalars; ``tag=step-000120`` draws a step that is left out.
@@ -175,7 +200,7 @@ def _panels_of_moment(
         if keys:
             notice = (
                 f"Shown apart: objective cards differ in {', '.join(keys)}; here {stated(key, keys)}. "
-                "allow_different=true overlays them all the same."
+                "allow_different=true overlays them."
             )
         curves = [curve_of(label, labeled_results) for label, labeled_results in labels.items()]
         planned += _divide(Panel(stem, analysis, tag, tuple(curves), notice))

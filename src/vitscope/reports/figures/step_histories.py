@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,22 +54,20 @@ class StepHistory:
     def changing_scalars(self) -> list[str]:
         """Return the `scalars` that change over steps or differ between models; all of them where none does."""
         names = self.scalars()
-        values = {
-            n: {m.scalars.get(n) for results in self.results.values() for _, m in results} - {None} for n in names
-        }
-        return [name for name in names if len(values[name]) > 1] or names
+        results = [result for by_step in self.results.values() for _, result in by_step]
+        changing = [name for name in names if len({result.scalars.get(name) for result in results} - {None}) > 1]
+        return changing or names
 
     def scalars(self) -> list[str]:
         """Return the scalars that some result has a number for at ``LEAST_STEPS`` steps or more."""
-        names = dict.fromkeys(name for results in self.results.values() for _, m in results for name in m.scalars)
-        return [
-            name
-            for name in names
-            if any(
-                sum(m.scalars.get(name) is not None for _, m in results) >= LEAST_STEPS
-                for results in self.results.values()
-            )
-        ]
+        names: dict[str, None] = {}
+        frequent: set[str] = set()
+        for by_step in self.results.values():
+            scalars = [result.scalars for _, result in by_step]
+            names |= dict.fromkeys(name for of_step in scalars for name in of_step)
+            n_steps = Counter(name for of_step in scalars for name, value in of_step.items() if value is not None)
+            frequent |= {name for name, n in n_steps.items() if n >= LEAST_STEPS}
+        return [name for name in names if name in frequent]
 
 
 def step_histories(
@@ -117,12 +116,12 @@ def draw_history(history: StepHistory, folder: Path, *, pdf: bool = True) -> Dra
         )
     except OSError as error:
         reason = f"not writable ({error.strerror})"
-        raise StorageError("out", folder, reason, "free space or choose another") from None
+        raise StorageError("out", folder, reason, "free space, or choose another folder: out=<folder>") from None
     table = folder / f"{history.name}.csv"
     write_atomically(table, _numbers(history).encode())
     curves = tuple(Curve(label, history.entries[label], results[-1][1]) for label, results in history.results.items())
     panel = Panel(
-        history.name, history.analysis, STEPS, curves, "Scalars that change over optimizer steps; one run a model."
+        history.name, history.analysis, STEPS, curves, "Scalars that change over optimizer steps; one run per model."
     )
     return with_picture(panel, Picture(png, print_file[0] if print_file else None, table, tuple(history.results)))
 

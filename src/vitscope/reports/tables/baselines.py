@@ -43,20 +43,16 @@ def panels(
         first = curves[0]
         conditions = _conditions(first.measured)
         for role in (INITIAL, RANDOM):
-            matching = [
-                pair for pair in results_by_role.get(role, ())
-                if allow_different or _conditions(pair[1]) == conditions
-            ]  # fmt: skip
+            results = results_by_role.get(role, ())
+            matching = [pair for pair in results if allow_different or _conditions(pair[1]) == conditions]
             if matching:
                 curves.append(curve_of(role, matching))
-            else:
-                others = [_conditions(pair[1]) for pair in results_by_role.get(role, ())]
-                keys = ", ".join(differing([conditions, *others]))
-                reason = f"measured under another objective card ({keys})" if others else ""
-                remedy = REMEDIES[role].format(run=first.entry.run.path, analysis=analysis)
-                problems.append(
-                    Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", reason or f"to have it: {remedy}")
-                )
+                continue
+            reason = f"to have it: {REMEDIES[role].format(run=first.entry.run.path, analysis=analysis)}"
+            if results:
+                keys = differing([conditions, *(_conditions(measured) for _, measured in results)])
+                reason = f"measured under another objective card ({', '.join(keys)})"
+            problems.append(Problem(MISSING, f"run {first.entry.id}", f"{analysis} {role}", reason))
         if len(curves) > 1:
             name = first.entry.label.replace(f", {experiment_identity.WORDS['data.random_labels'][False]}", "")
             planned.append(Panel(f"{analysis}-baselines-{slug(name)}", analysis, "baselines", tuple(curves), name))
@@ -80,13 +76,14 @@ def _by_model(
         if entry.superseded:
             continue
         facts = experiment_identity.experiment(entry.config, entry.facts)
-        random = bool(facts.pop("data.random_labels", False))
+        has_random_labels = bool(facts.pop("data.random_labels", False))
+        # the network before a training on random labels is that of the other training
+        roles = {"end": RANDOM} if has_random_labels else {"init": INITIAL, "end": TRAINED}
         key = loading.digest(facts)
-        for m in entry.results:
-            if m.error or (analyses is not None and m.analysis not in analyses) or m.tag not in ("init", "end"):
+        for measured in entry.results:
+            if measured.error or measured.tag not in roles:
                 continue
-            if m.tag == "init" and random:  # the same network as without random labels
-                continue
-            role = RANDOM if random else {"init": INITIAL, "end": TRAINED}[m.tag]
-            models.setdefault((key, m.analysis), {}).setdefault(role, []).append((entry, m))
+            if analyses is None or measured.analysis in analyses:
+                by_role = models.setdefault((key, measured.analysis), {})
+                by_role.setdefault(roles[measured.tag], []).append((entry, measured))
     return {key: results_by_role for key, results_by_role in models.items() if TRAINED in results_by_role}

@@ -131,7 +131,12 @@ def _row(
 
 
 def _heading(name: str, several: bool) -> list[str]:
-    return ["model", *(["data"] if several else []), *(["MSAs"] if name == "buildup" else [])]
+    heading = ["model"]
+    if several:
+        heading.append("data")
+    if name == "buildup":
+        heading.append("MSAs")
+    return heading
 
 
 def _row_name(entry: Entry, labels: Mapping[str, str]) -> str:

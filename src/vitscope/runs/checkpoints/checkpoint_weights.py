@@ -119,11 +119,8 @@ def load_weights(
     _check_values(state, network_state, path, class_count_source)
     try:
         incompatible_keys = network.load_state_dict(state, strict=False)
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-    ) as error:  # tensors that do not go into weights, or a hook that misses its own
+    except (RuntimeError, KeyError, TypeError) as error:
+        # tensors that do not go into weights, or a hook that misses its own
         reason = " ".join(str(error).partition(":\n")[2].split())[:300] or first_line(error)  # after torch's headline
         raise CheckpointError("ckpt_path", path, reason.rstrip("."), "use the model it was made with") from None
     _check_keys(incompatible_keys.missing_keys, incompatible_keys.unexpected_keys, path)
@@ -188,18 +185,19 @@ def _check_values(
     shared = {name: value for name, value in network_state.items() if name in state and isinstance(value, Tensor)}
     differing = [name for name, value in shared.items() if getattr(state[name], "shape", None) != value.shape]
     if differing:
-        named = [
+        texts = [
             f"{name} has shape {tuple(state[name].shape)} in the checkpoint, the model needs {tuple(shared[name].shape)}"
             for name in differing[:2]
         ]
-        more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
+        reason = "; ".join(texts) + (f" (and {len(differing) - 2} more)" if len(differing) > 2 else "")
         classes = state_dicts.class_counts(network_state, state)
-        source = f" ({class_count_source})" if class_count_source else ""
-        counts = f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}" if classes else ""
         if not classes and state_dicts.differs_in_positions(network_state, state):
-            reason = "; ".join(named) + more + ": it was made for another number of positions"
+            reason += ": it was made for another number of positions"
             raise CheckpointError("ckpt_path", path, reason, _OF_THE_IMAGES)
-        raise CheckpointError("ckpt_path", path, "; ".join(named) + more + counts, _OF_THE_MODEL)
+        if classes:
+            source = f" ({class_count_source})" if class_count_source else ""
+            reason += f": it was made for {classes[0]} classes, the model is for {classes[1]}{source}"
+        raise CheckpointError("ckpt_path", path, reason, _OF_THE_MODEL)
     for name, value in shared.items():
         is_integer = not state[name].is_floating_point() and not state[name].is_complex()
         if (state[name].is_complex() and not value.is_complex()) or (is_integer and value.is_floating_point()):
@@ -226,13 +224,13 @@ def _report(reading: WeightReading | None, averages: Sequence[str], path: Path) 
     if reading is None:
         return
     if reading.is_average:
-        _logger.info(f"ckpt_path={path}: took averages over training steps ({reading.place})")
+        _logger.info(f"ckpt_path={path}: loaded the averages over training steps ({reading.place})")
     elif averages:
-        _logger.info(f"ckpt_path={path}: took {reading.place}; ckpt=ema takes the averages ({', '.join(averages)})")
+        _logger.info(f"ckpt_path={path}: loaded {reading.place}; ckpt=ema loads the averages ({', '.join(averages)})")
     elif reading.other_names:
         names, n = ", ".join(reading.other_names[:3]), len(reading.other_names)
         _logger.info(
-            f"ckpt_path={path}: took {len(reading.tensors)} weights {reading.place}; {n} others are left out: {names}"
+            f"ckpt_path={path}: loaded {len(reading.tensors)} weights {reading.place}; {n} others are left out: {names}"
         )
 
 
