@@ -18,9 +18,9 @@ from vitscope.reports.claims.effect_sizes import (
 from vitscope.reports.claims.matched_controls import PLAIN, has_attention, without_attention
 from vitscope.reports.run_entry import Entry
 
-#: families of rivals; among ConvNets are AlterNets with convolutions in the place of attention, too
+#: families of rivals, as in the paper's figure 5; among ConvNets are AlterNets with convolutions in the place of attention, too
 CNNS = PLAIN
-VITS = ("vit", "pit", "swin", "convit")
+VITS = ("vit", "pit", "swin")
 
 
 def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:
