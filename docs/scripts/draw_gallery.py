@@ -105,9 +105,10 @@ def draw_claims(study: Path, out: Path) -> None:
     name = study.relative_to(ROOT).as_posix() if study.is_relative_to(ROOT) else study.name
     write_entry(out, figure, Text(
         "study-claims", "study", "Effects of all claims",
-        "Effect of every statistic of the paper's claims in standard deviations between seeds, with its 95 % interval; right of "
-        "zero is as claimed.",
-        f"make table-claims FROM={name}", {"data": ", ".join(data), "seeds": len({entry.seed for entry in entries})},
+        "Effect of every statistic of the paper's claims in standard deviations between seeds, with its 95 % t-interval over "
+        "seeds; right of zero is as claimed.",
+        f"make table-claims FROM={name}",
+        {"data": ", ".join(data), "seeds": claims_figure.seeds_text(judged).removesuffix(" seeds")},
     ))  # fmt: skip
 
 

@@ -17,7 +17,7 @@ GROUPS = {
 INTRODUCTIONS = {
     "study": "The networks are those of the profile `cifar10_small`, with 0.3 to 0.6 million parameters and few epochs of "
     "training. Each figure shows one seed, which is an example and no evidence; [Findings](findings.md) has intervals "
-    "over seeds.",
+    "over seeds. Error bars here are 95 % intervals over images, and over units where a mean over units is shown.",
     "sight": "The networks are those of the section above: images of 32 pixels encoded again as JPEG, two epochs, one seed. "
     "Intervals are over images and say nothing about other seeds or longer training.",
     "curvature": "The measures are described in [Curvature](curvature.md) and in [Definitions](definitions.md), sections 2 to 4. "

@@ -220,6 +220,8 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_tex
         "",
         f"![Effect of each statistic by seed, with the mean and its 95 % interval]({figures}/{verdict.claim.name}.webp)",
     ]
+    if repeated := repeated_text(verdict):
+        lines[-2:-2] = ["", repeated]
     compared = _compared(verdict)
     if compared:
         lines += ["", "Compared:", "", *(f"- {_escaped(pair)}" for pair in compared)]
@@ -227,6 +229,18 @@ def _claim_block(verdict: ClaimVerdict, n_claims: int, figures: str, verdict_tex
     if left_out:
         lines += ["", "Left out:", "", *(f"- {_escaped(text)}" for text in left_out)]
     return "\n".join(lines)
+
+
+def repeated_text(verdict: ClaimVerdict) -> str:
+    """Return in words how many statistics have the values of another one; empty without any."""
+    values = [tuple(sorted(f.effect.values.items())) for f in verdict.findings if f.effect.values]
+    n_repeated = len(values) - len(set(values))
+    return (
+        f"{n_repeated} of the {len(values)} statistics have the numbers of another one, because they compare the same results, "
+        "and are no further evidence."
+        if n_repeated
+        else ""
+    )
 
 
 def _compared(verdict: ClaimVerdict) -> list[str]:

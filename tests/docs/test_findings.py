@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from docs.scripts import write_findings
+from docs.scripts.findings_figures import draw_claim
 from docs.scripts.page_images import LIMIT
 from tests.fixtures.runs.report_runs import rise, spectrum, write_run
 from vitscope.reports import run_index
 from vitscope.reports.claims import claim_verdicts
+from vitscope.reports.claims.claim_verdicts import ClaimVerdict, StatisticResult
 from vitscope.reports.claims.claims import CLAIMS
+from vitscope.reports.claims.effect_sizes import Effect
 from vitscope.reports.exports import study_export
+from vitscope.reports.figures import claims_figure
 from vitscope.runs import run_search
+from vitscope.stats.t_tests import t_interval
+
+PAGE_TEXT = write_findings.PAGE.read_text()
 
 
 def write_study(root: Path, n_seeds: int) -> Path:
@@ -130,6 +139,63 @@ def test_numbers_figures_and_verdicts_come_from_the_study(
     assert page.read_text() == text
     page.write_text(text.replace("**Verdict: inconclusive", "**Verdict: supported", 1).replace("seeds", "sees", 1))
     assert run_script(page, study, "--check") == 1
+
+
+def test_statistics_with_the_numbers_of_another_one_are_counted() -> None:
+    assert "7 of the 16 statistics have the numbers of another one" in block(PAGE_TEXT, "msa_flattens")
+    assert "of another one" not in block(PAGE_TEXT, "alternet_wins")
+
+
+def test_numbers_of_the_prose_are_those_of_the_study() -> None:
+    runs = [json.loads(file.read_text()) for file in (write_findings.STUDY / "runs").iterdir()]
+
+    def mean(read: str, family: str, **options: str) -> float:
+        """Return a metric's mean over the weakly augmented trainings of two epochs on all images, of ten seeds."""
+        values = [
+            run["metrics"][read]
+            for run in runs
+            if run["config"]["model"]["_target_"].endswith(f".{family}")
+            and options.items() <= run["config"]["model"].items()
+            and run["config"]["objective"]["mixup"] == 0
+            and run["config"]["data"]["fraction"] == 1
+            and run["config"]["trainer"]["max_epochs"] == 2
+            and run["config"]["seed"] < 10
+        ]
+        assert len(values) == 10
+        return float(np.mean(values))
+
+    text = " ".join(PAGE_TEXT.split())
+    msa, conv, uniform, blur = (
+        f"{mean('test/accuracy', 'alternet', mixer=mixer, placement='stage_end'):.1%}".replace("%", " %")
+        for mixer in ("msa", "conv", "uniform", "blur")
+    )
+    assert f"in the place of attention: {msa} against {conv}" in text
+    assert f"With uniform attention the accuracy is {uniform}, and with a blur {blur}" in text
+    ape = {name: mean("hessian/average_positive_eigenvalue", name) for name in ("vit", "pit", "swin", "convnet")}
+    values = "{vit:.0f} in the ViT, {pit:.0f} in the PiT, {swin:.0f} in Swin and {convnet:.0f} in the ConvNet"
+    assert f"mean APE is {values.format(**ape)}" in text
+    nep = {name: mean("hessian/negative_eigenvalue_proportion", name) for name in ape}
+    values = "{vit:.2f} in the ViT, {pit:.2f} in the PiT, {swin:.2f} in Swin and {convnet:.0f} in the ConvNet"
+    assert f"mean NEP is {values.format(**nep)}" in text
+
+
+def test_figures_state_data_seeds_and_bars() -> None:
+    claim = next(claim for claim in CLAIMS if claim.name == "blocks_by_stage")
+    values = {seed: 1.0 + 0.1 * seed for seed in range(6)}
+    effect = Effect(values, parts=(("vit", values), ("pit", values)))
+    finding = StatisticResult(claim.parts[0], effect, t_interval(list(values.values())), claim_verdicts.SUPPORTED)
+    verdict = ClaimVerdict(claim, (finding,), claim_verdicts.SUPPORTED, 0.01, 0.01, "")
+    for figure in (draw_claim(verdict, ["photos"], "supported"), claims_figure.draw([verdict], ["photos"])):
+        assert figure is not None
+        texts = "\n".join(text.get_text() for text in figure.findobj(Text))
+        assert "photos, 6 seeds" in texts
+        assert "mean with 95 % t-interval over seeds; small: seeds" in texts
+        assert "supported" in texts
+
+
+def test_slopes_are_named_with_the_unit_of_what_rises() -> None:
+    units = {part.name: part.unit for claim in CLAIMS for part in claim.parts if part.name.startswith("slope")}
+    assert all(unit.partition(" per ")[0] == ("nats" if "NLL" in name else "share") for name, unit in units.items())
 
 
 def test_a_page_without_a_block_is_refused(page: Path, tmp_path: Path) -> None:

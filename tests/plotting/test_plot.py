@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import vitscope as vs
 from tests.fixtures.runs.sample_results import eigenvalues, landscape, loss_slice, variance
 from vitscope.plotting import api
-from vitscope.plotting.canvas import panels_of
+from vitscope.plotting.canvas import new_canvas, panels_of
 from vitscope.plotting.style import COLORS, KIND_COLORS
 
 TWO = {"ViT": eigenvalues(), "ResNet": eigenvalues(2.0)}
@@ -159,6 +159,16 @@ def test_sizes_and_titles() -> None:
     both = {"a": landscape(), "b": landscape()}
     assert [ax.get_title() for ax in vs.plot(both, kind="contour", title=False).axes[:2]] == ["a", "b"]
     assert vs.plot(both, title="Two surfaces").get_suptitle() == "Two surfaces"
+
+
+def test_a_title_does_not_lie_on_a_legend_above_the_panels() -> None:
+    canvas = new_canvas(3.4, 3)
+    upper, lower = canvas.grid(2, 1)[:, 0]
+    upper.plot([1.0], label="a")
+    canvas.legend(loc="outside upper center", title="kinds")
+    api._set_titles(canvas.figure, [upper, lower], ["a"], "CIFAR-10 (JPEG)")
+    assert canvas.figure.get_suptitle() == ""
+    assert [legend.get_title().get_text() for legend in canvas.figure.legends] == ["CIFAR-10 (JPEG)\nkinds"]
 
 
 def test_models_that_are_compared_share_linear_axes() -> None:

@@ -14,10 +14,11 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties
 
 from vitscope.core.objective_card import check_comparable
 from vitscope.core.results.result import Result
-from vitscope.plotting.canvas import Drawing, drawing_target, drawing_with, panels_of
+from vitscope.plotting.canvas import ABOVE_PANELS, Drawing, drawing_target, drawing_with, panels_of
 from vitscope.plotting.named_results import chosen_colors, named_results
 from vitscope.plotting.style import STYLE as STYLE
 from vitscope.plotting.style import figure_style, parameters_context
@@ -176,6 +177,9 @@ def _set_titles(target: Any, panels: Sequence[Axes], names: Sequence[str], title
     if isinstance(target, Figure | SubFigure):
         if len(panels) == 1 and text:
             panels[0].set_title(text)
+        elif above := [legend for legend in target.legends if legend.get_gid() == ABOVE_PANELS] if text else []:
+            lines = filter(None, [text, above[0].get_title().get_text()])
+            above[0].set_title("\n".join(lines), prop=FontProperties(size=rcParams["figure.titlesize"]))
         elif text or target.get_suptitle():
             target.suptitle(text)
     elif text:

@@ -24,6 +24,9 @@ from vitscope.runtime.text_layout import count_text
 #: width in inches of a column of a two-column page
 COLUMN_WIDTH = 3.4
 
+#: group id of a legend that lies above the panels, where a title of the whole figure would lie, too
+ABOVE_PANELS = "above panels"
+
 #: which panels have one axis: none, all, or those of a row or a column
 Sharing = bool | Literal["none", "all", "row", "col"]
 
@@ -256,7 +259,9 @@ class Canvas:
         if self._parent is not None and isinstance(engine, ConstrainedLayoutEngine):
             width = self._parent.bbox.width / self.figure.dpi
             labels, ncols = fit_legend(list(labels or ()), ncols, width)
-            self._parent.legend(handles, labels, loc=loc, ncols=ncols, **options)
+            legend = self._parent.legend(handles, labels, loc=loc, ncols=ncols, **options)
+            if str(loc).startswith("outside upper"):
+                legend.set_gid(ABOVE_PANELS)
         else:
             panels[-1].legend(handles, labels, **options)
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from tests.fixtures.runs.report_runs import bench
-from vitscope.reports.claims import claim_statistics
+from vitscope.reports.claims.best_models import CNNS, VITS, best_model_difference
 from vitscope.reports.claims.effect_sizes import Effect
+from vitscope.reports.run_entry import Entry
 
 
 def best_against_cnns(folder: Path) -> Effect:
     b = bench(folder)
-    return claim_statistics.best_model_difference(b, claim_statistics.CNNS, b.metric("test/accuracy"), "test accuracy")
+    return best_model_difference(b, CNNS, b.metric("test/accuracy"), "test accuracy")
 
 
 @pytest.fixture
@@ -61,6 +62,27 @@ def test_a_model_tried_in_one_recipe_is_no_candidate_beside_one_tried_in_two(
     found = best_against_cnns(tmp_path)
     assert found.values == pytest.approx({0: 0.6 - 0.3}, rel=1e-12)
     assert found.blocked == ""
+
+
+@pytest.mark.parametrize(
+    ("val", "lrs", "difference", "blocked"),
+    [
+        (0.3, (0.1,), 0.5 - 0.3, ""),
+        (0.6, (0.1,), 0.5 - 0.6, "not each at its best recipe: 2 and 1 tried"),
+        (0.6, (0.1, 0.2), 0.5 - 0.6, ""),
+    ],
+)
+def test_an_alternet_with_convolutions_alone_is_a_convnet_whose_advantage_counts_with_one_recipe(
+    val: float, lrs: tuple[float, ...], difference: float, blocked: str, accuracies: Callable, tmp_path: Path
+) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr)
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr)
+    for lr in lrs:
+        accuracies("alternet", lr, val + 0.1 - lr, val + 0.1 - lr, model__mixer="conv")
+    found = best_against_cnns(tmp_path)
+    assert found.values == pytest.approx({0: difference}, rel=1e-12)
+    assert (found.blocked, found.decides_nothing) == (blocked, bool(blocked))
 
 
 def test_a_shorter_training_is_no_recipe_and_is_compared_with_none(accuracies: Callable, tmp_path: Path) -> None:
@@ -113,3 +135,38 @@ def test_the_fewest_recipes_of_a_side_are_stated(accuracies: Callable, tmp_path:
         accuracies("alternet", lr, 0.5 - lr, 0.5 - lr, model__placement="stage_start")
     accuracies("convnet", 0.1, 0.4, 0.4)
     assert best_against_cnns(tmp_path).blocked == "not each at its best recipe: 2 and 1 tried"
+
+
+def test_a_better_rival_without_what_is_compared_blocks_support(accuracies: Callable, tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr)
+        accuracies("convnet", lr, 0.3 - lr, 0.3 - lr)
+        accuracies("convnet", lr, 0.4 - lr, 0.4 - lr, model__depth=34)
+    b = bench(tmp_path)
+    accuracy = b.metric("test/accuracy")
+
+    def without(depth: int) -> Effect:
+        """Return the difference in a number that ConvNets of one depth lack."""
+
+        def read(entry: Entry) -> float | None:
+            is_left_out = entry.family == "convnet" and entry.config["model"]["depth"] == depth
+            return None if is_left_out else accuracy(entry)
+
+        return best_model_difference(b, CNNS, read, "corruption")
+
+    assert without(18).values == pytest.approx({0: 0.2}, rel=1e-12)
+    assert without(18).blocked == ""
+    assert without(34).values == pytest.approx({0: 0.3}, rel=1e-12)
+    assert without(34).blocked == "convnet-34, lr 0.1 has a higher validation accuracy and lacks corruption"
+    assert not without(34).decides_nothing
+
+
+def test_swin_and_pit_are_among_the_vits(accuracies: Callable, tmp_path: Path) -> None:
+    for lr in (0.1, 0.2):
+        accuracies("alternet", lr, 0.6 - lr, 0.6 - lr)
+        accuracies("vit", lr, 0.4 - lr, 0.4 - lr)
+        accuracies("pit", lr, 0.5 - lr, 0.5 - lr)
+    b = bench(tmp_path)
+    found = best_model_difference(b, VITS, b.metric("test/accuracy"), "test accuracy")
+    assert found.values == pytest.approx({0: 0.1}, rel=1e-12)
+    assert found.blocked == ""

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vitscope.config import loading
-from vitscope.config.experiment_identity import identity
 from vitscope.reports.claims.effect_sizes import (
     Effect,
     Reader,
@@ -32,7 +30,6 @@ NEP = (SPECTRUM, "negative_eigenvalue_proportion")
 
 #: from weak to strong inductive bias; position in the list is the x of the trend
 BIAS = ("vit", "pit", "swin", "convnet")
-CNNS = ("convnet", "preresnet", "resnext")
 
 #: families whose blocks are all in one stage
 SINGLE_STAGE = ("vit", "convit")
@@ -222,92 +219,6 @@ def placement_difference(report_runs: ReportRuns) -> Effect:
                 differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
                 names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
     return balanced_effect(differences, names, "AlterNets that differ in model.placement alone")
-
-
-def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read: Reader, requirement: str) -> Effect:
-    """Return the best AlterNet minus the best model of other families, of one data set and one length of training.
-
-    A recipe is everything else of a training: objective, optimizer, batch size. Candidates are the models that were trained
-    in two recipes or more, each in every recipe, among those that have what is compared. Where a side has no such model, it
-    is not known to be at its best, and the effect is blocked. See `_best_by_validation` for the choice.
-    """
-
-    def keep(entry: Entry) -> bool:
-        return (has_attention(entry) or entry.kin in families) and read(entry) is not None
-
-    groups = report_runs.groups(keep)
-    of_recipes = {
-        key for runs in groups for key in identity(lowest_seed_run(runs).config) if key.startswith("objective.")
-    }
-    effects = []
-    for same_setting in by_setting(groups, (*of_recipes, "data.batch_size")).values():
-        alternets = [g for g in same_setting if has_attention(lowest_seed_run(g))]
-        rivals = [g for g in same_setting if lowest_seed_run(g).kin in families]
-        if alternets and rivals:
-            effects.append(_difference_of_best(report_runs, alternets, rivals, read))
-    best = max(effects, key=lambda effect: (not effect.blocked, len(effect.values)), default=Effect())
-    if best.values:
-        return best
-    return Effect(
-        lacking=f"AlterNet and {' or '.join(families)} on one data set, trained equally long, with {requirement}"
-    )
-
-
-def _difference_of_best(
-    report_runs: ReportRuns, alternets: Sequence[Runs], rivals: Sequence[Runs], read: Reader
-) -> Effect:
-    """Return the best AlterNet minus the best rival; blocked where a side has no model that was tried in two recipes."""
-    best, n_recipes, left_out = [], [], []
-    for side in (alternets, rivals):
-        least_recipes, candidates = _most_tried(side)
-        best_of_side, without_shared_seeds = _best_by_validation(report_runs, candidates)
-        best.append(best_of_side)
-        n_recipes.append(least_recipes)
-        left_out += without_shared_seeds
-    caveat = f"not each at its best recipe: {n_recipes[0]} and {n_recipes[1]} tried" if min(n_recipes) < 2 else ""
-    best_alternet, best_rival = best
-    compared = f"{report_runs.describe(best_alternet)} − {report_runs.describe(best_rival)}"
-    return Effect(
-        paired_difference(best_alternet, best_rival, read),
-        compared,
-        blocked=caveat,
-        refused="; ".join(left_out),
-        decides_nothing=bool(caveat),
-    )
-
-
-def _most_tried(groups: Sequence[Runs]) -> tuple[int, list[Runs]]:
-    """Return the experiments of the models that were trained in two recipes or more, and the least number of their recipes.
-
-    All experiments, and 1, if no model was.
-    """
-    by_model: dict[str, list[Runs]] = {}
-    for runs in groups:
-        model = {k: v for k, v in identity(lowest_seed_run(runs).config).items() if k.startswith("model.")}
-        by_model.setdefault(loading.digest(model), []).append(runs)
-    tried = [recipes for recipes in by_model.values() if len(recipes) > 1]
-    if not tried:
-        return 1, list(groups)
-    return min(map(len, tried)), [runs for recipes in tried for runs in recipes]
-
-
-def _best_by_validation(report_runs: ReportRuns, groups: Sequence[Runs]) -> tuple[Runs, list[str]]:
-    """Return the experiment with the highest validation accuracy, and the names of those that share no seed with it.
-
-    Two experiments are compared by the mean difference over the seeds that both have, for a mean over other seeds can differ
-    by the seeds alone. They are taken in the order of their numbers of seeds, the most first, each against the best so far.
-    """
-    read = report_runs.metric("val/accuracy")
-    best, *others = sorted(groups, key=lambda runs: (-len(runs), lowest_seed_run(runs).label))
-    without_shared_seeds = []
-    for runs in others:
-        differences = paired_difference(runs, best, read)
-        if not differences:
-            name = lowest_seed_run(runs).label
-            without_shared_seeds.append(f"{name} left out: no validation accuracy at a seed of the best model")
-        elif sum(differences.values()) > 0:
-            best = runs
-    return best, without_shared_seeds
 
 
 def training_nll(report_runs: ReportRuns) -> list[Reader]:

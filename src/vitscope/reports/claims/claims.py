@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vitscope.reports.claims import claim_statistics as by
+from vitscope.reports.claims.best_models import CNNS, VITS, best_model_difference
 from vitscope.reports.claims.effect_sizes import Effect, ReportRuns
 from vitscope.reports.claims.matched_controls import flattening
 
@@ -91,14 +92,15 @@ def _data(quantity: str, fixed: str) -> ClaimStatistic:
             requirement="sharpness or slice on training images",
         )
 
-    return ClaimStatistic(f"slope of {quantity} over ln(data fraction), fixed {fixed}", -1, effect, "per e-fold")
+    unit = "nats per e-fold" if quantity == "training NLL" else "share per e-fold"
+    return ClaimStatistic(f"slope of {quantity} over ln(data fraction), fixed {fixed}", -1, effect, unit)
 
 
 def _accuracy(families: tuple[str, ...], rival: str, corrupted: bool) -> ClaimStatistic:
     def effect(report_runs: ReportRuns) -> Effect:
         clean, robust = report_runs.metric("test/accuracy"), report_runs.scalar("corruption", "mean_accuracy")
         requirement = "corruption" if corrupted else "test accuracy"
-        return by.best_model_difference(report_runs, families, robust if corrupted else clean, requirement)
+        return best_model_difference(report_runs, families, robust if corrupted else clean, requirement)
 
     return ClaimStatistic(f"{'corrupted' if corrupted else 'test'} accuracy against {rival}", 1, effect, "share")
 
@@ -123,8 +125,8 @@ CLAIMS: tuple[Claim, ...] = (
         "trend of NEP over ViT → PiT → Swin → ResNet, and over local kernels 3 → 5 → global",
         "vit, pit, swin, convnet in one setting; convit with kernel_size 3, 5, global; hessian",
         (
-            ClaimStatistic("slope of NEP from weak to strong bias", -1, by.bias_trend, "per model"),
-            ClaimStatistic("slope of NEP from local to global", 1, by.kernel_trend, "per kernel"),
+            ClaimStatistic("slope of NEP from weak to strong bias", -1, by.bias_trend, "share per model"),
+            ClaimStatistic("slope of NEP from local to global", 1, by.kernel_trend, "share per kernel"),
         ),
     ),
     Claim(
@@ -223,8 +225,8 @@ CLAIMS: tuple[Claim, ...] = (
         "test accuracy and accuracy on corrupted images, each model at its best recipe by validation accuracy",
         "alternet, convnet and vit, each at two or more recipes; corruption",
         (
-            _accuracy(by.CNNS, "the best ConvNet", False), _accuracy(("vit",), "the best ViT", False),
-            _accuracy(by.CNNS, "the best ConvNet", True), _accuracy(("vit",), "the best ViT", True),
+            _accuracy(CNNS, "the best ConvNet", False), _accuracy(VITS, "the best ViT", False),
+            _accuracy(CNNS, "the best ConvNet", True), _accuracy(VITS, "the best ViT", True),
         ),
     ),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from vitscope.reports.claims.claim_verdicts import (
     ClaimVerdict,
     StatisticResult,
 )
+from vitscope.runtime.text_layout import count_text
 
 #: color and marker of each verdict, so that color is not all that tells them apart
 LOOKS = {
@@ -72,7 +73,7 @@ def draw(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Figure | N
                 ticks.append((row, finding.part.name))
                 row += 1
         _label(axes, ticks, row, {j.claim.statement for j in judged})
-        axes.set_title(f"Claims of the paper{': ' if data else ''}{', '.join(data)}")
+        axes.set_title(f"Claims of the paper: {', '.join((*data, seeds_text(judged)))}")
         names = [name for name in LOOKS if any(f.verdict == name for j in judged for f in j.findings)]
         handles = [
             axes.plot([], [], LOOKS[name][1], color=LOOKS[name][0], markersize=4, label=name)[0] for name in names
@@ -82,6 +83,12 @@ def draw(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Figure | N
             loc="outside lower center", ncols=len(names),
         )  # fmt: skip
     return figure
+
+
+def seeds_text(judged: Sequence[ClaimVerdict]) -> str:
+    """Return in words on how many seeds the measured statistics are, such as ``10 seeds`` or ``10 to 11 seeds``."""
+    counts = sorted({f.interval.n for j in judged for f in j.findings if f.interval is not None})
+    return count_text(counts[0], "seed") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
 
 
 def _is_drawn(finding: StatisticResult) -> bool:
@@ -117,4 +124,7 @@ def _label(axes: Axes, ticks: Sequence[tuple[int, str]], n_rows: int, statements
         [*(-p for p in reversed(places)), 0, *places], [*(f"−{p}" for p in reversed(places)), "0", *map(str, places)]
     )
     axes.minorticks_off()
-    axes.set_xlabel("effect in standard deviations between seeds\n(right of 0: as claimed)", fontsize=7)
+    axes.set_xlabel(
+        "effect in standard deviations between seeds (right of 0: as claimed)\n"
+        "large: mean with 95 % t-interval over seeds; small: seeds", fontsize=7,
+    )  # fmt: skip
