@@ -41,11 +41,12 @@ def check_node(
     for place, inner in instantiate.targets(node, path):
         target_allowlist.check_role(inner, place)
         target = target_allowlist.resolve(inner["_target_"], place)
-        reserved_keys = (*instantiate.RESERVED, *(extra if place == path else ()))
+        reserved_keys, supplied_names = set(instantiate.RESERVED), ()
+        if place == path:
+            reserved_keys |= set(extra)
+            supplied_names = supplied(target) if supplied is not None else ()
         arguments = {key: value for key, value in inner.items() if key not in reserved_keys}
-        check_arguments(
-            place, arguments, target, supplied=supplied(target) if supplied is not None and place == path else ()
-        )
+        check_arguments(place, arguments, target, supplied=supplied_names)
 
 
 def check_arguments(
