@@ -145,7 +145,7 @@ def test_results_with_other_settings_are_not_taken(tmp_path: Path, capsys: pytes
         (["fig4", "seeds=x"], "at least 1"),
         (["fig4", "seeds=5-x"], "seeds=5-x: not a range of seeds; give the first and the last one, such as seeds=5-8"),
         (["fig4", "seeds=8-5"], "seeds=8-5: not a range of seeds"),
-        (["fig4", "jobs=0"], "jobs=0: not a whole number of at least 1; give one, such as jobs=2"),
+        (["fig4", "jobs=0"], "jobs=0: not a whole number of at least 1; write jobs=2"),
         (["fig4", "dry=maybe"], "dry=maybe: not true or false; write dry=true"),
         (["fig4", "--dry-run"], "--dry-run: no such option; options are key=value, such as dry=true"),
         (["profile=smoke"], "no figure or table named; write vitscope reproduce all"),

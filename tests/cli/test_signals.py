@@ -53,7 +53,7 @@ def test_every_signal_saves_and_has_its_code(call, tiny, tmp_path, monkeypatch, 
     assert call("train", *tiny, "analysis=[]", "test=false") == CODES[signum]
     run = only_run(tmp_path)
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]  # of a slow machine
-    assert err == [f"stopped by {signal.Signals(signum).name}; go on with run={run} ckpt_path=last"]
+    assert err == [f"stopped by {signal.Signals(signum).name}; resume with run={run} ckpt_path=last"]
     assert sorted(losses(run)) == [0, 1]
     assert checkpoint_io.read(checkpoint_io.newest(run / "checkpoints"))["global_step"] == 2
     facts = json.loads((run / "provenance.json").read_text())

@@ -106,6 +106,6 @@ def test_whatever_wandb_raises_costs_a_warning(error: Exception) -> None:
     for action in (lambda: mirror.log({"a": 1.0}, 1), lambda: mirror.summary({"a": 1}), mirror.preempting,
                    lambda: mirror.table("t", ["a"], [[1]]), lambda: mirror.histogram("h", [1.0], 1),
                    lambda: mirror.finish(0)):  # fmt: skip
-        with pytest.warns(UserWarning, match="the journal has every row") as caught:
+        with pytest.warns(UserWarning, match="metrics.jsonl has every row") as caught:
             action()
         assert "\n" not in str(caught[0].message)

@@ -133,13 +133,14 @@ def test_a_run_s_file_without_its_run(call, trained, tiny, tmp_path, capsys) -> 
     assert f"use run={run}, which takes" in capsys.readouterr().err
     assert call("train", *options, "trainer.max_epochs=1") == 2
     err = capsys.readouterr().err
-    assert f"trainer.max_epochs=1: no step is left to make: ckpt_path={file} holds a training of 4 steps" in err
-    assert f"run={run} resumes that run itself, ckpt_weights_only=true starts anew" in err
+    assert f"trainer.max_epochs=1: no training step is left: ckpt_path={file} holds a training of 4 steps" in err
+    assert f"run={run} resumes that run itself, ckpt_weights_only=true starts a new training" in err
     assert [run] == list((tmp_path / "runs").iterdir())
     assert call("train", *options, "trainer.max_epochs=2", f"run_dir={tmp_path}/new") == 0
     err = capsys.readouterr().err
     assert (
-        f"a new run goes on from step 4 with the optimizer's state; run={run} resumes that run itself, ckpt_weig" in err
+        f"a new run continues from step 4 with the optimizer's state; run={run} resumes that run itself, ckpt_weig"
+        in err
     )
 
 
@@ -162,7 +163,7 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
     for arguments, text in (
         (
             [*options, "ckpt=ema"],
-            "error: ckpt=ema: takes the averages of the file that ckpt_path names, and it names none",
+            "error: ckpt=ema: loads the averages of the file in ckpt_path, but ckpt_path names no file",
         ),
         (
             [*options, f"ckpt_path={file}", "ckpt=best"],
@@ -170,7 +171,7 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
         ),
         (
             [f"run={run}", f"ckpt_path={file}", "ckpt=ema"],
-            "error: ckpt=ema: a run that goes on needs the weights that its",
+            "error: ckpt=ema: a resumed run needs the weights that its",
         ),
     ):
         assert call("train", *arguments) == 2
@@ -192,7 +193,7 @@ def test_training_starts_with_a_new_classifier(call, trained, tiny, tmp_path, ca
     assert call("train", *options, "ckpt_head=fresh") == 2
     assert "error: ckpt_head=fresh: neither file nor new; set ckpt_head=new" in capsys.readouterr().err
     assert call("train", *tiny, "ckpt_head=new") == 2
-    assert "ckpt_path names, and it names none; set ckpt_path=<file>" in capsys.readouterr().err
+    assert "but ckpt_path names no file; set ckpt_path=<file>" in capsys.readouterr().err
     assert call("train", *options, "ckpt_head=new", f"run_dir={tmp_path}/tuned") == 0
     err = capsys.readouterr().err
     assert err.count("new classifier for 8 classes (head.weight, head.bias); left out model.head.weight (16, ") == 1
@@ -257,7 +258,7 @@ def test_values_that_an_analysis_would_pass_over_are_refused(call, trained, caps
         (
             "data.batch_size=7",
             2,
-            "error: data.batch_size=7: the batch of a training, which no analysis uses; set data.eval",
+            "error: data.batch_size=7: a setting of training batches, which analyses do not use; set data.eval",
         ),
         (
             "optimizer=sgd",

@@ -168,12 +168,12 @@ def test_a_damaged_manifest(content: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("noted", [5, [1], "x", {"epoch": "0", "batch": 0}, {"epoch": 0}, {"epoch": -1, "batch": 0},
                                    {"epoch": 0, "batch": torch.zeros(2)}, {"epoch": 0, "batch": 1.5}])  # fmt: skip
 def test_a_note_that_does_not_say_where_training_stood(noted: object) -> None:
-    with pytest.raises(CheckpointError, match="where training stood"):
+    with pytest.raises(CheckpointError, match="training position"):
         checkpoint_content.facts({"vitscope": noted, "global_step": 1}, Path("x"))
 
 
 def test_a_step_that_is_no_number_is_refused_in_a_file_of_ours_alone() -> None:
-    with pytest.raises(CheckpointError, match="where training stood"):
+    with pytest.raises(CheckpointError, match="training position"):
         checkpoint_content.facts({"vitscope": {"epoch": 0, "batch": 0}, "global_step": "many"}, Path("x"))
     assert checkpoint_content.facts({"global_step": "many"}, Path("x")) == {}
     assert checkpoint_content.completed_steps({"global_step": "many"}) == 0
@@ -189,9 +189,9 @@ def test_keys_that_could_not_be_read_back(key: object, tmp_path: Path) -> None:
 
 def test_a_run_s_groups_are_not_chosen_anew() -> None:
     cfg = composed("train")
-    for argument, why in (("model=vit", "the run has its own"), ("--cfg", "not composed again"), ("-m", "not composed again"),
+    for argument, why in (("model=vit", "cannot be changed"), ("--cfg", "saved configuration"), ("-m", "saved configuration"),
                           ("~seed", "cannot be removed"), ("seed=1,2", "several values"), ("sed=1", "no such key"),
-                          ("callbacks=[ema]", "the run has its own")):  # fmt: skip
+                          ("callbacks=[ema]", "cannot be changed")):  # fmt: skip
         with pytest.raises(ConfigError, match=why):
             run_overrides.apply(cfg, [argument])
     run_overrides.apply(cfg, ["seed=3", "+trainer.deterministic=true", "model.heads=[1,2,3,4]"])

@@ -128,7 +128,7 @@ def test_a_number_outside_of_its_range_is_refused_by_the_check_that_imports_noth
     validate_plain_values(composed("train", f"{key}={inside}"))
     with pytest.raises(ConfigError) as caught:
         validate_plain_values(composed("train", f"{key}={outside}"))
-    assert str(caught.value) == f"{key.lstrip('+')}={outside}: not {expected}; give a number {expected}"
+    assert str(caught.value) == f"{key.lstrip('+')}={outside}: not {expected}; give a number that is {expected}"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_shares_that_are_held_out_are_shares(source: str) -> None:
 
 
 def test_items_of_a_list_are_checked_by_the_range_of_their_key() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.heads\.1=0: not at least 1; give a number at least 1$"):
+    with pytest.raises(ConfigError, match=r"^model\.heads\.1=0: not at least 1; give a number that is at least 1$"):
         validate_plain_values(composed("train", "model.heads=[3,0,12,24]"))
 
 
@@ -173,7 +173,7 @@ def test_the_base_optimizer_of_sam_has_the_ranges_of_optimizers() -> None:
 
 def test_bounds_of_caps_and_numbers_without_a_range_need_only_be_finite() -> None:
     number_checks.check_numbers({"caps": {"n_images": 0}, "model": {"_target_": "mylab.Net", "depth": 0}})
-    with pytest.raises(ConfigError, match=r"^model\.depth=nan: not a finite number; give one$"):
+    with pytest.raises(ConfigError, match=r"^model\.depth=nan: not a finite number; give a finite number$"):
         number_checks.check_numbers({"model": {"_target_": "mylab.Net", "depth": float("nan")}})
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from tests.fixtures.configs.configurations import composed
 from vitscope.config import cross_checks, dry_run, error_translation, target_allowlist
+from vitscope.config.signature_checks import shown
 from vitscope.config.validation import validate
 from vitscope.runtime.errors import ConfigError, StorageError, VitscopeError
 
@@ -106,7 +110,7 @@ def test_errors_are_one_kind() -> None:
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("trainer.precision=16-mixed", "two passes"),
+        ("trainer.precision=16-mixed", "gradient scaling"),
         ("trainer.precision=16-true", "rounding of half-precision"),
         ("trainer.precision=bf16-true", "rounding of half-precision"),
     ],
@@ -134,6 +138,38 @@ def test_a_batch_of_one_image_under_batchnorm_is_one_line() -> None:
 def test_a_training_on_one_class_is_refused() -> None:
     with pytest.raises(ConfigError, match="data.num_classes=1: a classifier is trained on two classes or more; add"):
         dry_run.rehearse(composed("train"), nn.Linear(1, 1), SimpleNamespace(num_classes=1))
+
+
+@pytest.mark.parametrize(
+    ("subset", "reason"),
+    [
+        (
+            "*.qkv.weight",
+            "Expected a parameter subset that matches something, received '*.qkv.weight'; there are: weight, bias",
+        ),
+        ("layer:blocks.3", "Expected a parameter subset that matches something"),
+        ("part:query", "Expected a part to be one of q, k, v"),
+        (["weight", "kind:attention"], "Expected a kind to be one of stem, conv, msa"),
+        ("stage:last", "Expected the number of a stage"),
+    ],
+)
+def test_parameters_that_a_network_lacks_are_named_before_the_training(
+    subset: str | list[str], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sweep over networks goes on, as one network may have what another lacks."""
+    key = rf"analysis.a.parameters={shown(subset)}: {reason}"
+    dry_run.check_subsets(OmegaConf.create({"analysis": {"a": {"parameters": subset}}}), nn.Linear(1, 1))
+    assert key in caplog.text
+    assert caplog.text.count("no result for this network") == 1
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        refused = {"analysis": {"a": {"parameters": subset, "on_error": "raise"}}}
+        dry_run.check_subsets(OmegaConf.create(refused), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("subset", [None, "all", "weight", "*", "kind:head", "stage:0", "part:q", ["bias", "stage:2"]])
+def test_parameters_that_a_network_may_have_are_not_named(subset: Any, caplog: pytest.LogCaptureFixture) -> None:
+    dry_run.check_subsets(OmegaConf.create({"analysis": {"a": {"parameters": subset}, "b": {}}}), nn.Linear(1, 1))
+    assert not caplog.text
 
 
 def test_an_average_that_no_checkpoint_holds_is_refused() -> None:
@@ -165,8 +201,8 @@ def test_a_cosine_without_an_end_is_refused(overrides: list[str], is_refused: bo
     with pytest.raises(ConfigError) as caught:
         cross_checks.check_schedule_length(cfg)
     assert str(caught.value) == (
-        "optimizer.schedule.kind=cosine: a cosine ends with the last step, and trainer.max_time alone does not tell which that "
-        "is; set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
+        "optimizer.schedule.kind=cosine: a cosine schedule needs the number of steps, which trainer.max_time alone does not "
+        "give; set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
     )
 
 

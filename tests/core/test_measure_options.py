@@ -100,7 +100,7 @@ def test_a_stored_result_without_options_is_measured_again(tmp_path: Path) -> No
     assert runner._earlier(path, weights) is not None
     old = dataclasses.replace(found, card=dataclasses.replace(found.card, options=None))
     path = result_store.save(tmp_path, "end-0badcafe", old)
-    with pytest.warns(UserWarning, match="did not record options: measuring again"):
+    with pytest.warns(UserWarning, match="did not record options; measured again"):
         assert runner._earlier(path, weights) is None
 
 

@@ -170,6 +170,7 @@ def test_the_card(mlp, mlp_batches) -> None:
     card = probe.card(bn_policy="batch", solver={"tol": 1e-3})
     assert (card.n_images, card.batch_size, card.data, card.weight_decay) == (13, 4, "toy", 0.05)
     assert (card.bn_policy, card.solver["tol"], card.dtype, card.l2) == ("batch", 1e-3, "float64", "half_sq")
+    assert (card.input_shape, card.versions["vitscope"]) == ("1 x 2 x 3", vs.__version__)
     other = vs.Probe(mlp, mlp_batches[:1], vs.Objective(0.05), about={"data": "toy", "split": "test", "seed": 3}).card()
     assert set(card.differences(other)) == {"n_images", "split", "bn_policy", "solver.tol"}
     with pytest.raises(ValueError, match="'a' and 'b' that differ in split: 'train' and 'test'"):

@@ -121,12 +121,12 @@ def test_a_module_that_attends_twice_an_image_is_left_out() -> None:
     model.blocks[1].attn = Twice(model.blocks[1].attn)
     listed[2] = dataclasses.replace(listed[2], attention=model.blocks[1].attn)
     assert listed[2].name == "blocks.1.attn"
-    with pytest.warns(NullWarning, match=r"blocks\.1\.attn \(its module computes attention several times an image"):
+    with pytest.warns(NullWarning, match=r"blocks\.1\.attn \(its module computes attention several times per image"):
         found = attention_distance(probe_of(model), units=listed)
     assert found.units == ("blocks.0.attn",)
     assert found.n_images == want.n_images == 4
     np.testing.assert_array_equal(found.distance[0], want.distance[0])
-    with pytest.raises(ValueError, match="modules compute attention several times an image"):
+    with pytest.raises(ValueError, match="modules compute attention several times per image"):
         attention_distance(probe_of(model), units=listed[2:3])
 
 

@@ -224,7 +224,7 @@ def test_what_has_no_limit_says_why():
         (MuonAdamW(model.parameters(), network=model, lr=0.02), "Muon's step has one length"),
         (SAM(model.parameters(), lr=0.1), "SAM's limit is derived around SGD"),
         (torch.optim.RAdam(model.parameters()), "no limit is known of RAdam"),
-        (None, "no optimizer is at hand"),
+        (None, "no optimizer was given"),
     ):
         if optimizer is None:
             result = vs.edge_of_stability(probe, step=1)

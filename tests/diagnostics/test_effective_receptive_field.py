@@ -174,7 +174,7 @@ def test_each_tap_costs_one_backward_pass_a_batch(monkeypatch: pytest.MonkeyPatc
     vs.effective_receptive_field(probe_of(small_vit(), images(6, 16), batch=3), taps=["blocks.0.mlp", "blocks.1.mlp"])
     assert (
         len(calls) == 2 * 2 + 2
-    )  # two batches, two taps; of the first batch another one a tap, which tells whether channels cancel
+    )  # two batches, two taps; of the first batch another one per tap, which tells whether channels cancel
 
 
 def test_a_map_without_gradient_is_null() -> None:

@@ -272,7 +272,7 @@ def test_what_it_needs_is_said() -> None:
     with pytest.raises(ValueError, match="at least 3 images with a label for gradient_noise, received 2"):
         vs.gradient_noise(vs.Probe(model, [(x[:2], y[:2])]))
     mean_alone = vs.Objective(loss=lambda z, t: (z.sum(1) - t).square().mean())
-    with pytest.raises(ValueError, match="gradient_noise compares the losses of images and needs one value an image"):
+    with pytest.raises(ValueError, match="gradient_noise compares the losses of images and needs one value per image"):
         vs.gradient_noise(vs.Probe(model, [(x, y)], mean_alone))
     with pytest.warns(NullWarning, match="the intervals"):
         vs.gradient_noise(vs.Probe(model, [(x, y)]))

@@ -154,7 +154,7 @@ def test_budget_by_the_clock(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     # a product takes a second, 11 of them are expected of a batch: two batches fit into 24 seconds
     found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2, budget_s=24)
     assert len(found.batches) == 2
-    assert "1 s a product, about 11 products a batch" in (said := capsys.readouterr().err)
+    assert "1 s per product, about 11 products per batch" in (said := capsys.readouterr().err)
     assert "2 of 4 batches in about 22 s (budget_s=24)" in said
     solver = found.card.solver
     assert (solver["seconds_per_product"], solver["predicted_s"]) == (1.0, 22.0)

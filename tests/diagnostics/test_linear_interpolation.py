@@ -79,7 +79,7 @@ def test_largest_rise_is_zero_for_a_descent():
         ({"checkpoints": [("a", {})]}, "'0.weight' in checkpoint 'a', received none"),
         ({"checkpoints": [("a", {NAME: torch.zeros(2)})]}, r"shape \(4, 6\) in checkpoint 'a', received \(2,\)"),
         ({"checkpoints": [("a", {})], "start": "b"}, "one of the checkpoints a, received 'b'"),
-        ({"checkpoints": [("a", {})], "n": 1}, "received n=1"),
+        ({"checkpoints": [("a", {})], "n": 1}, "t_max=1, n=1"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str):

@@ -33,7 +33,7 @@ EXPENSIVE = {
     "trajectory",
 }  # fmt: skip
 #: the forms that a measure refuses, beside the words of its need
-CLASSES = dict.fromkeys(LOSSES, r"{name} needs logits \(B, K\) and one class an image")
+CLASSES = dict.fromkeys(LOSSES, r"{name} needs logits \(B, K\) and one class per image")
 IMAGES = {"triple": r"{name} changes images and needs batches of images and targets alone"}
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("calibration", "depth_probes", "evaluation", "hessian_class_structure", "shape_bias"), CLASSES),

@@ -1,4 +1,4 @@
-"""Lanczos with reorthogonalisation by need: T against that of full reorthogonalisation in float64, the basis' inner products."""
+"""Lanczos with reorthogonalization by need: T against that of full reorthogonalization in float64, the basis' inner products."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def moments(process):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_nodes_and_moments_are_those_of_full_reorthogonalisation(name, dtype, seed):
+def test_nodes_and_moments_are_those_of_full_reorthogonalization(name, dtype, seed):
     a = matrix(SPECTRA[name], dtype)
     process = walked(SemiorthogonalLanczos, lambda v: a @ v, signs(a, seed))
     eps = torch.finfo(dtype).eps
@@ -81,7 +81,7 @@ def test_no_ghost_copies(name):
     np.testing.assert_allclose(values[-large[full > 0].sum() :], full[-large[full > 0].sum() :], rtol=2e-4)
     plain = plain_lanczos(a, signs(a, 0))
     copies = (np.abs(plain - full.max()) < 1e-2 * full.max()).sum()
-    assert copies > 1, "the case does not need reorthogonalisation"
+    assert copies > 1, "the case does not need reorthogonalization"
     assert (np.abs(values - full.max()) < 1e-2 * full.max()).sum() == 1
 
 

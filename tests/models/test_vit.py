@@ -97,9 +97,9 @@ def test_convit_kernels_differ_and_have_equal_parameters() -> None:
 
 
 def test_an_even_kernel_and_a_missing_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"odd kernel_size, got \(8, 8\), 4"):
+    with pytest.raises(ValueError, match=r"kernel_size to be odd, with a grid, received 4"):
         SelfAttention(6, 2, grid=(8, 8), kernel_size=4)
-    with pytest.raises(ValueError, match="needs a grid"):
+    with pytest.raises(ValueError, match="odd, with a grid"):
         SelfAttention(6, 2, kernel_size=3)
     with pytest.raises(ValueError, match="no attention mask from outside"):
         SelfAttention(6, 2)(torch.zeros(1, 4, 6), attn_mask=torch.zeros(4, 4))

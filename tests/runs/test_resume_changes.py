@@ -86,10 +86,10 @@ def test_limits_below_what_is_done_are_refused(call, tiny, tmp_path, monkeypatch
     capsys.readouterr()
     assert call("train", f"run={run}", "ckpt_path=last", "trainer.max_epochs=1") == 2
     assert error_line(capsys).startswith(
-        "error: trainer.max_epochs=1: the run was made with 4, and 2 epochs are begun or done; give at least 2"
+        "error: trainer.max_epochs=1: the run was made with 4, and 2 epochs have been started; give at least 2"
     )
     assert call("train", f"run={run}", "ckpt_path=last", "trainer.max_steps=2") == 2
-    assert "3 steps are begun or done; give at least 3" in error_line(capsys)
+    assert "3 steps have been started; give at least 3" in error_line(capsys)
     assert call("train", f"run={run}", "ckpt_path=last", "trainer.max_epochs=2") == 0  # downward, but not below
     assert len(losses(run)) == 4
     assert run_dir.Run(run).config().trainer.max_epochs == 2
@@ -123,7 +123,7 @@ def test_what_may_change_is_written_down(call, finished, tmp_path, capsys) -> No
     )  # nothing left to train
     captured = capsys.readouterr()
     assert "nothing to do" in captured.out
-    assert "not applied, for no step is left to make: trainer.log_every_n_steps" in captured.err
+    assert "no training step is left, so that these keys have no effect: trainer.log_every_n_steps" in captured.err
     assert len(run_dir.Run(finished).provenance()["changes"]) == len(changed)
 
 

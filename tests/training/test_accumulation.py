@@ -152,15 +152,17 @@ def test_a_step_without_any_label_is_refused(tmp_path: Path) -> None:
 def error_of_step() -> str:
     group, loss = StepGroup(), torch.tensor(float("nan") if distributed.rank() else 1.5)
     group.add(loss, 2, distributed.world_size())
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = 0.025  # as a warm-up does
     with pytest.raises(NumericalError) as raised:
-        refuse_nonfinite(group.loss_sum, 3, 0.1)
+        refuse_nonfinite(group.loss_sum, 3, optimizer)
     return str(raised.value)
 
 
 def test_all_ranks_stop_where_one_has_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     first, second = results_of_ranks(error_of_step, tmp_path)
     assert first == second
-    assert first.startswith("optimizer.lr=0.1: loss nan at step 3")
+    assert first.startswith("optimizer.lr=0.1: loss nan at step 3, whose learning rate is 0.025; lower it")
 
 
 @pytest.mark.parametrize(("y", "accumulate", "rho"), [(Y, 2, RHO), (IGNORED, 2, RHO)], ids=["labeled", "ignored"])

@@ -133,7 +133,7 @@ def _refuse_training_values(run_value_overrides: Sequence[str]) -> None:
             raise ConfigError(key, value, reason, "leave it out; preconditioned_sharpness has lr= of its own")
         if key == "data.batch_size":
             fix = "set data.eval_batch_size, or analysis.<name>.probe.batch_size"
-            raise ConfigError(key, value, "the batch of a training, which no analysis uses", fix)
+            raise ConfigError(key, value, "a setting of training batches, which analyses do not use", fix)
 
 
 def _take_measured_file(cfg: DictConfig, run: Run, overrides: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ def _take_measured_file(cfg: DictConfig, run: Run, overrides: Sequence[str]) -> 
         return
     if cfg.ckpt not in ("last", AVERAGE):
         reason = f"{run.path} holds results of one file, {measured_file[0]}, and no checkpoints"
-        raise CheckpointError("ckpt", cfg.ckpt, reason, "leave it out; ckpt=ema takes the averages that the file holds")
+        raise CheckpointError("ckpt", cfg.ckpt, reason, "leave it out; ckpt=ema loads the averages in the file")
     cfg.ckpt_path = str(measured_file[0])
     if not any(override.lstrip("+").partition("=")[0] == "ckpt" for override in overrides):
         cfg.ckpt = measured_file[1]
@@ -201,7 +201,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", name, "no GPU here", "choose cpu")
+        raise ConfigError("device", name, "this machine has no GPU", "set device=cpu")
     if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError("device", name, "no such device", "choose auto, cpu or cuda")
     if device.type == "cuda" and world_size() > 1:
@@ -221,7 +221,10 @@ def _checkpoint(cfg: DictConfig, run: Run | None) -> tuple[Path | None, Mapping[
     else:
         if cfg.ckpt != "last":
             raise ConfigError(
-                "ckpt", cfg.ckpt, "names a checkpoint of a run, and there is none", "set run=, or ckpt_path="
+                "ckpt",
+                cfg.ckpt,
+                "names a checkpoint of a run, but run= is not set",
+                "set run=<folder>, or name a file with ckpt_path=",
             )
         return None, None
     if run is not None and not path.is_file():

@@ -148,7 +148,7 @@ def _announced_changes(inputs: AnalysisInputs) -> dict[str, Any]:
     changes = run_changes.changed_values(inputs.cfg, inputs.run.config())
     if changes and rank() == 0:
         text = ", ".join(f"{key}={value}" for key, value in changes.items())
-        _logger.info(f"not the run's own: {text}; results of the run are not taken for these")
+        _logger.info(f"changed from the run: {text}; results without these changes are not reused")
     return changes
 
 

@@ -181,7 +181,7 @@ def _model_before_training(analysis: Analysis, place: AnalysisContext) -> nn.Mod
     initial = untrained_model(_with_seed_of_run(place), place.network)
     if initial is None:
         _logger.info(
-            f"{analysis.name}: the model has the weights that it begins with, so that no change by training is measured"
+            f"{analysis.name}: these are the initial weights, so that there is no change by training to measure"
         )
     return initial
 

@@ -221,7 +221,7 @@ def _earlier(path: Path, weights: str) -> Any | None:
     if card is None or card.checkpoint != weights:
         return None
     if card.options is None:
-        warnings.warn(f"{path}: saved by a version that did not record options: measuring again", stacklevel=3)
+        warnings.warn(f"{path}: saved by a version that did not record options; measured again", stacklevel=3)
         return None
     return result
 

@@ -1,4 +1,4 @@
-"""``make doctor``: what works on this machine, seen by trying it."""
+"""``make doctor``: test what works on this machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MODELS = ("resnet18", "vit_tiny_patch16_224")
 
 def main() -> None:
     """Print the table; exit 1 where a Hessian-vector product failed."""
-    table = Table("what", "here", title="vitscope doctor", title_justify="left")
+    table = Table("check", "result", title="vitscope doctor", title_justify="left")
     for row in [*_versions(), *_machine(), *_tracking(), *_data()]:
         table.add_row(*row)
     failed = False
@@ -79,7 +79,7 @@ def _tracking() -> list[tuple[str, str]]:
 
 def _data() -> list[tuple[str, str]]:
     root = Path(os.environ.get("VITSCOPE_DATA", "data"))
-    built_in = "photos, digits, shapes: always"
+    built_in = "photos, photographs, digits, shapes"
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     return [
         ("data sets built in", built_in),

@@ -92,7 +92,7 @@ def _resume_advice() -> str:
         return ""
     from vitscope.runs.checkpoints import checkpoint_io  # imports torch, which the process of a run has loaded
 
-    return f"; go on with run={run.path} ckpt_path=last" if checkpoint_io.present(run.checkpoints) else ""
+    return f"; resume with run={run.path} ckpt_path=last" if checkpoint_io.present(run.checkpoints) else ""
 
 
 def _print_on_stderr(line: str) -> None:

@@ -54,7 +54,7 @@ def usage() -> str:
             "",
             *rows,
             "",
-            "vitscope COMMAND --help shows examples and what can be set; vitscope --version the version.",
+            "vitscope COMMAND --help shows examples and keys; vitscope --version shows the version.",
         ]
     )
 

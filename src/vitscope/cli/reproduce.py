@@ -1,4 +1,4 @@
-"""``vitscope reproduce fig4 profile=smoke``: a figure or table of the paper by its name, from nothing or from what is there."""
+"""``vitscope reproduce fig4 profile=smoke``: a figure or table of the paper by its name, from new or existing runs."""
 
 from __future__ import annotations
 

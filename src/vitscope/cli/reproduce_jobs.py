@@ -33,7 +33,7 @@ def work(
 
     Args:
         gpus: GPUs such as ``0,1``; None for none in particular.
-        jobs: Number of jobs side by side; None for one, one a GPU, or all trials on SLURM.
+        jobs: Number of jobs side by side; None for one, one per GPU, or all trials on SLURM.
         launcher: ``local`` or ``slurm``.
         slurm: Options of ``sbatch``.
         rates: Returns the rates that time is estimated with.

@@ -118,7 +118,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
     """
     as_json = _flag(options, "json")
     if len(names) > 1:
-        raise ConfigError("runs", " ".join(names), "several folders", "name one")
+        raise ConfigError("runs", " ".join(names), "several folders", f"name one folder, such as runs={names[0]}")
     root = Path(names[0]) if names else _root(options)
     damaged = [run_index.Damage(path, f"has no {name}") for path, name in run_search.incomplete(root)]
     summaries = _summaries(run_search.every(root), damaged, root)
@@ -139,7 +139,7 @@ def list_runs(names: Sequence[str], options: Mapping[str, str]) -> None:
         for damage in damaged:
             log_problem(_logger, str(damage))
         reason = f"{count_text(len(damaged), 'run folder')} damaged and left out, named above"
-        raise DataError("runs", None, reason, "restore or delete them; the list holds the others")
+        raise DataError("runs", None, reason, "restore or delete them; the list has the others")
 
 
 def _summaries(runs: Sequence[Run], damaged: list[run_index.Damage], root: Path | None = None) -> list[Summary]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from vitscope.cli import exit_codes
 from vitscope.runtime.errors import ConfigError
@@ -16,13 +17,13 @@ USAGE = """usage: vitscope sweep FILE [gpus=0,1 | jobs=2] [limit=n] [dry=true] [
 
   FILE        a W&B sweep file in any folder, or the name of a sweep of the package (below)
   gpus=0,1    one trial at a time on each of these GPUs (0+1: a trial on two)
-  jobs=2      so many trials side by side on the CPU, which share its cores
+  jobs=2      two trials side by side on the CPU, which share its cores
   limit=n     the first n trials only
   dry=true    only list the trials
-  server=true create the sweep on the W&B server and start one agent a GPU or job; sweep_id: go on with that one
-  key=value   holds for every trial: profile=smoke caps=smoke trainer.max_epochs=5
+  server=true create the sweep on the W&B server and start one agent for each GPU or job; sweep_id=ID: resume a sweep
+  key=value   an override for every trial, such as profile=smoke caps=smoke trainer.max_epochs=5
 
-Trials lie in runs/sweeps/<name>-<hash>/; trials.csv there ranks them. The same command resumes a sweep.
+Trials are written to runs/sweeps/<name>-<hash>/, ranked in trials.csv. The same command resumes a sweep.
 method: grid, random, or bayes (Optuna: pip install 'vitscope[optuna]')."""
 OPTIONS = ("gpus", "jobs", "limit", "dry", "server", "sweep_id")
 
@@ -105,7 +106,7 @@ def _bundled_sweeps() -> str:
     files = sweep_file.bundled_files()
     width = max(map(len, files), default=0)
     comments = {name: file.read_text().partition("\n")[0].lstrip("# ") for name, file in files.items()}
-    return "\n".join(f"  {name:{width}s}  {comment[:100].rstrip('. ')}" for name, comment in comments.items())
+    return "\n".join(f"  {name:{width}s}  {shorten(comment, 100).rstrip('. ')}" for name, comment in comments.items())
 
 
 def _server(
@@ -115,7 +116,7 @@ def _server(
 
     if sweep_id is None:
         sweep_id = wandb_agents.create(sweep)
-        print(f"created sweep {sweep_id}; go on with SWEEP_ID={sweep_id}", flush=True)
+        print(f"created sweep {sweep_id}; resume it with SWEEP_ID={sweep_id}", flush=True)
     folder = (root / f"{sweep.path.stem}-{sweep_id.rpartition('/')[2]}").absolute()
     return wandb_agents.run(sweep, sweep_id, folder, slots, limit)
 
@@ -124,5 +125,7 @@ def _whole(name: str, text: str | None) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(name.upper(), text, "not a whole number from 1", "give one, or leave it out")
+        raise ConfigError(
+            name.upper(), text, "not a whole number of at least 1", f"set {name.upper()}=2, or leave it out"
+        )
     return int(text)

@@ -26,7 +26,7 @@ def apply_caps(cfg: DictConfig) -> None:
     caps = {name: bound for name, bound in dict(cfg.get("caps") or {}).items() if bound is not None}
     for name, bound in caps.items():
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < float("inf"):
-            raise ConfigError(f"caps.{name}", bound, "not a positive number", "give one, or null for no bound")
+            raise ConfigError(f"caps.{name}", bound, "not a positive number", "set it to 64, or to null for no bound")
     _cap_trainer(cfg.get("trainer") or {}, caps)
     if cfg.get("analysis"):
         _cap(cfg.analysis, {name: bound for name, bound in caps.items() if name not in ("epochs", *_BATCH_LIMITS)})

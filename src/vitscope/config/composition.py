@@ -103,7 +103,7 @@ def check_options(argv: Sequence[str]) -> None:
     for argument in argv:
         option = argument.partition("=")[0]
         if option == "-er" or (len(option) > 3 and "--experimental-rerun".startswith(option)):
-            raise ConfigError(option, None, "would load a pickle", "use run=<folder> to go on with a run")
+            raise ConfigError(option, None, "would load a pickle", "resume a run with run=<folder>")
 
 
 def check_search_path(entries: Any) -> None:
@@ -221,7 +221,7 @@ def _check_logging(hydra: DictConfig, key: str) -> None:
             raise ConfigError(place, value, f"not one of {', '.join(sorted(HANDLERS))}", "choose one, or leave it out")
         if name == "filename":
             if not _LOG_FILE.fullmatch(text):
-                raise ConfigError(place, value, "not a log in the folder of the command", "name one, such as train.log")
+                raise ConfigError(place, value, "not a log file in the folder of the command", "set it to train.log")
         elif (text.startswith("ext://") and text not in _STREAMS) or "${" in text:
             raise ConfigError(place, value, "could name any object", "use ext://sys.stdout or ext://sys.stderr")
         if any(part in ("()", ".", "listener", "queue") for part in place.split(".")[2:-1]):

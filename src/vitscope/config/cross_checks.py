@@ -34,8 +34,8 @@ SUPPLIED_TO_TRAINER = (
 
 #: options of the Trainer that switch off the journal or train on other images than the configuration says
 REFUSED_OF_TRAINER = {
-    "fast_dev_run": "it switches the journal and checkpoints off; use caps=smoke",
-    "barebones": "it switches the journal and checkpoints off; use caps=smoke",
+    "fast_dev_run": "it switches the metrics log and checkpoints off; use caps=smoke",
+    "barebones": "it switches the metrics log and checkpoints off; use caps=smoke",
     "overfit_batches": "it replaces the loaders; use data.fraction or trainer.limit_train_batches",
     "reload_dataloaders_every_n_epochs": "a resumed run would not repeat it; leave it out",
 }
@@ -273,7 +273,7 @@ def check_schedule_length(cfg: Mapping[str, Any]) -> None:
     has_length = any(trainer.get(key) not in (None, -1) for key in ("max_epochs", "max_steps"))
     kind = (optimizer.get("schedule") or {}).get("kind", "cosine")
     if kind == "cosine" and trainer.get("max_time") is not None and not has_length:
-        reason = "a cosine ends with the last step, and trainer.max_time alone does not tell which that is"
+        reason = "a cosine schedule needs the number of steps, which trainer.max_time alone does not give"
         fix = "set trainer.max_epochs=100 or trainer.max_steps=10000 beside it, or optimizer.schedule.kind=constant"
         raise ConfigError("optimizer.schedule.kind", kind, reason, fix)
 
@@ -282,7 +282,7 @@ def _check_sam(optimizer: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
     if "rho" not in optimizer:
         return
     if trainer.get("precision") in ("16-mixed", "16", 16):
-        raise ConfigError("trainer.precision", trainer["precision"], "SAM makes two passes, which gradient scaling does not",
+        raise ConfigError("trainer.precision", trainer["precision"], "SAM does not work with the gradient scaling of fp16",
                           "use bf16-mixed or 32-true")  # fmt: skip
     if trainer.get("precision") in ("16-true", "bf16-true"):
         reason = "SAM's ascent has the length rho over all weights, and is lost in the rounding of half-precision ones"

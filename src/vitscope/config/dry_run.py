@@ -12,10 +12,15 @@ from torch import nn
 
 from vitscope.config import factories, instantiate, loading
 from vitscope.config.loss import loss_choice
+from vitscope.config.signature_checks import shown
 from vitscope.core import lr_schedule
 from vitscope.core.batches.batch_format import BatchFormat
 from vitscope.core.objective import Objective
+from vitscope.linalg.curvature.parameter_subsets import check_subset
 from vitscope.runtime.errors import ConfigError, DataError, first_line
+from vitscope.runtime.logging import is_main_process
+
+_logger = logging.getLogger(__name__)
 
 #: exceptions that a constructor raises for a value that its signature allows and its code does not
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AttributeError)
@@ -60,7 +65,26 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
                 data.split(split)
             except DataError as error:
                 raise ConfigError(f"analysis.{name}.probe.split", split, error.why, error.fix) from error
+    check_subsets(cfg, network)
     _forward(cfg, network, data)
+
+
+def check_subsets(cfg: DictConfig, network: nn.Module) -> None:
+    """Warn of parameters that an analysis names and the network does not have; refuse them with ``on_error=raise``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, node in cfg.analysis.items():
+        subset = loading.plain(node).get("parameters")
+        try:
+            check_subset(network, subset)
+        except ValueError as error:
+            key, reason = f"analysis.{name}.parameters", str(error).rstrip(".")
+            if node.get("on_error", "warn") == "raise":
+                raise ConfigError(key, shown(subset), reason, "correct the name or the pattern") from error
+            if is_main_process():
+                _logger.warning(f"{key}={shown(subset)}: {reason}; the analysis will have no result for this network")
 
 
 def _built(node: Any, path: str, **supplied: Any) -> Any:

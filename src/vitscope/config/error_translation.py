@@ -63,7 +63,10 @@ def explain(error: BaseException) -> VitscopeError | None:
     if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
         reason = "a batch holds one image, over which BatchNorm cannot compute a variance"
         return ConfigError(
-            "data.batch_size", None, reason, "give another one, or set data.drop_last=true for the last batch"
+            "data.batch_size",
+            None,
+            reason,
+            "set another data.batch_size, or data.drop_last=true to skip the last batch",
         )
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return StorageError("paths.runs", error.filename, str(error.strerror), "free space or choose another folder")
@@ -150,9 +153,9 @@ def _refused(error: BaseException) -> ConfigError:
     for cause in _chain(error):
         key = getattr(cause, "full_key", None)
         if key:
-            return ConfigError(key, None, first_line(cause), "correct the value")
+            return ConfigError(key, None, first_line(cause), "see --help for the values that it takes")
     if text.startswith("Ambiguous value for argument"):
-        return ConfigError("config", None, text.rstrip("."), "quote the value, or add -m for one job a value")
+        return ConfigError("config", None, text.rstrip("."), "quote the value, or add -m for one job per value")
     unread = any(isinstance(cause, OverrideParseException) for cause in _chain(error))
     fix = "write key=value, a list as runs=[a,b]; see --help" if unread else "see --help"
     return ConfigError("config", None, text.rstrip("."), fix)

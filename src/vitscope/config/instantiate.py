@@ -63,11 +63,11 @@ def _build(node: Any, path: str, arguments: Mapping[str, Any]) -> Any:
     except Exception as error:
         if not refused(error):
             raise
-        key, value = _refused_argument(str(error), node, path)
+        key, value = refused_argument(str(error), node, path)
         raise ConfigError(key, value, str(error).rstrip("."), f"see the arguments of {node['_target_']}") from error
 
 
-def _refused_argument(text: str, node: Mapping[str, Any], path: str) -> tuple[str, Any]:
+def refused_argument(text: str, node: Mapping[str, Any], path: str) -> tuple[str, Any]:
     """Return the key and the value that an error speaks of, "Expected depth ...", as far as they are in a node."""
     matched = re.match(r"Expected (?:an? )?(\w+)\b", text)
     name = matched[1] if matched else ""

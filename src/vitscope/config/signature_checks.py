@@ -15,7 +15,12 @@ from vitscope.runtime import errors
 from vitscope.runtime.errors import ConfigError
 from vitscope.runtime.value_ranges import ValueRange, range_of
 
+#: names of plain types, and the words for them in errors
+_TYPES_IN_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
 _UNIONS = (Union, types.UnionType)
+
+#: characters of a list that an error shows whole
+_LONGEST_LIST = 60
 
 
 def check_node(
@@ -66,10 +71,14 @@ def check_arguments(
             fix = equivalent_names.advice(key, names - set(supplied))
             raise ConfigError(f"{path}.{key}", shown(value), "no such key", fix)
         if key in hints and not fits(value, hints[key]):
-            if isinstance(value, str) and (names := _choices(hints[key])):
-                raise ConfigError(f"{path}.{key}", value, "no such choice", errors.nearest(value, names))
-            expected = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            raise ConfigError(f"{path}.{key}", shown(value), f"not of type {expected}", "correct the value")
+            word = _wrong_word(value, hints[key])
+            if word is not None:
+                fix = errors.nearest(word, _choices(hints[key]))
+                raise ConfigError(f"{path}.{key}", shown(value), "no such choice", fix)
+            expected = type_text(hints[key])
+            raise ConfigError(
+                f"{path}.{key}", shown(value), f"not of type {expected}", f"give {type_text(hints[key], words=True)}"
+            )
         if key in ranges:
             check_value(f"{path}.{key}", value, ranges[key])
 
@@ -93,7 +102,26 @@ def _choices(hint: Any) -> list[str]:
     """Return the words that a hint's ``Literal`` lists."""
     if get_origin(hint) is Literal:
         return [str(word) for word in get_args(hint)]
-    return [word for option in get_args(hint) for word in _choices(option)] if get_origin(hint) in _UNIONS else []
+    if get_origin(hint) in (*_UNIONS, Sequence):
+        return [word for option in get_args(hint) for word in _choices(option)]
+    return []
+
+
+def _wrong_word(value: Any, hint: Any) -> str | None:
+    """Return the text, or the first one of a list, that a hint's ``Literal`` does not list; None where that is not the fault."""
+    words = _choices(hint)
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return next((text for text in texts if isinstance(text, str) and text not in words), None) if words else None
+
+
+def type_text(hint: Any, words: bool = False) -> str:
+    """Return a type hint as an error shows it: ``int or null`` for ``int | None``, in words ``a whole number or null``."""
+    if get_origin(hint) in _UNIONS:
+        return " or ".join(type_text(option, words) for option in get_args(hint))
+    if hint is None or hint is type(None):
+        return "null"
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+    return _TYPES_IN_WORDS.get(name, f"a value of type {name}") if words else name
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -132,5 +160,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def shown(value: Any) -> Any:
-    """Return a value as an error shows it: containers are long."""
+    """Return a value as an error shows it; mappings and long lists are cut to ``...``."""
+    if isinstance(value, list) and not any(isinstance(item, Mapping | list) for item in value):
+        text = f"[{', '.join('null' if item is None else str(item) for item in value)}]"
+        return text if len(text) <= _LONGEST_LIST else "..."
     return value if not isinstance(value, Mapping | list) else "..."

@@ -112,7 +112,7 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
         if key in groups and not isinstance(value, Mapping | None):
             raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(loading.options(key))}")
         if key in keys and not any(fits(value, kind) for kind in keys[key]):
-            raise ConfigError(key, shown(value), f"not {_named(keys[key])}", "correct the value")
+            raise ConfigError(key, shown(value), f"not {_named(keys[key])}", f"give {_named(keys[key])}")
     missing_keys = sorted(set(keys) - set(tree))
     if whole and missing_keys:
         raise ConfigError(missing_keys[0], None, "is missing", f"leave out ~{missing_keys[0]}")
@@ -197,7 +197,8 @@ def _check_plain_group(group: str, node: Mapping[str, Any]) -> None:
         if key not in allowed_values:
             raise ConfigError(f"{group}.{key}", shown(value), "no such key", errors.nearest(str(key), allowed_values))
         if not any(fits(value, kind) for kind in allowed_values[key]):
-            raise ConfigError(f"{group}.{key}", shown(value), f"not {_named(allowed_values[key])}", "correct the value")
+            expected = _named(allowed_values[key])
+            raise ConfigError(f"{group}.{key}", shown(value), f"not {expected}", f"give {expected}")
 
 
 def _check_l2_form(objective: Mapping[str, Any]) -> None:

@@ -129,7 +129,7 @@ class RunningEvaluation:
 
 
 def _classified(objective: Objective, logits: Tensor, y: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sums of `_batch_sums`, and loss and correctness of each labeled image, of a batch with one class an image."""
+    """Return the sums of `_batch_sums`, and loss and correctness of each labeled image, of a batch with one class per image."""
     counts = labeled(y)
     if not bool(counts.all()):
         logits, y = logits[counts], y[counts]

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from vitscope.core.measure_options import with_options
+from vitscope.core.option_checks import check_options
 from vitscope.core.probe import Probe
 from vitscope.core.sharding.sharded_parameters import plain_weights
 from vitscope.core.shared_values.sharing import sharing_values
@@ -176,6 +177,7 @@ def collect(probe: Probe, measures: Sequence[tuple[Callable[..., Any], Mapping[s
             for measure, options in measures:
                 make = accumulator_of(measure, options)
                 assert make is not None
+                check_options(measure, options)
                 unused = _options_of_other_passes(measure, make)  # all None
                 accumulators.append(make(probe, **{key: value for key, value in options.items() if key not in unused}))
             run_feature_pass(probe, accumulators, "feature maps")

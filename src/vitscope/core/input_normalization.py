@@ -97,7 +97,7 @@ def _check_range(pixels: Pixels, x: Tensor) -> None:
         reason = "its values lie in [0, 1], as those of pixels that are not normalized (mean=[0], std=[1])"
     else:
         return
-    text = f"the first batch was hardly normalized by {stated}: {reason}; changes of pixels are scaled by that std"
+    text = f"the first batch does not look normalized by {stated}: {reason}; changes of pixels are scaled by that std"
     warnings.warn(text, UnlikelyInputWarning, stacklevel=4)
 
 

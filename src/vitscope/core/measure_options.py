@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.option_checks import check_options
 from vitscope.core.probe import Probe
 from vitscope.core.sharding.sharded_parameters import plain_weights
 
@@ -50,7 +51,8 @@ R = TypeVar("R")
 def record_options(measure: Callable[P, R]) -> Callable[P, R]:
     """Decorate a measure: its result's card gets the options it was called with, defaults included.
 
-    An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own. A model whose weights are
+    An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own. The checks that the
+    measure declares (`vitscope.core.option_checks`) run before it. A model whose weights are
     sharded over ranks has whole copies of them for the time of the measure, but for measures of `KEEP_SHARDS`; all ranks call it
     together.
     """
@@ -62,6 +64,7 @@ def record_options(measure: Callable[P, R]) -> Callable[P, R]:
         _rename_equivalent(kwargs, parameters)
         probe = args[0] if args else kwargs.get("probe")
         _check_probes(measure, args, kwargs)
+        check_options(measure, _given(measure, args, kwargs))
         is_whole = keeps_shards or not isinstance(probe, Probe)
         with nullcontext() if is_whole else plain_weights(cast(Probe, probe).model):
             return with_options(measure(*args, **kwargs), recording, *args, **kwargs)
@@ -90,6 +93,14 @@ def _check_probes(measure: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
             raise ValueError(
                 f"Expected {key} of vs.{name} to be a vs.Probe, received {type(value).__name__}: pass {fix}."
             )
+
+
+def _given(measure: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; none where they do not fit, which the call itself will say."""
+    try:
+        return inspect.signature(measure).bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return {}
 
 
 def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> None:

@@ -40,7 +40,7 @@ class Objective:
             gradient vanishes together with AdamW's step; ``none``.
         label_smoothing: smoothing of index targets, in [0, 1). Soft targets are never smoothed again.
         loss: ``cross_entropy``, ``mse``, ``bce`` or ``dense_cross_entropy``, see `vitscope.core.losses.named_losses`; or a
-            callable ``loss(outputs, targets)`` that returns one value an image ``(B,)``, or their mean, a scalar, which a batch
+            callable ``loss(outputs, targets)`` that returns one value per image ``(B,)``, or their mean, a scalar, which a batch
             then weighs by its images. Images whose class index is ``IGNORED_LABEL`` count in neither. A module's parameters are
             constants: they are no part of the network that is measured.
         decay_scale: scale of the decay, for ``adamw`` only: sqrt(v) + eps for each parameter by name.

@@ -43,6 +43,8 @@ class ObjectiveCard:
             and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
         parameters: those of derivatives: a subset by its name, ``all``, or ``trainable`` where a tenth of the values or
             more does not require gradients.
+        input_shape: shape of one image of the first batch as the network takes it, ``3 x 224 x 224``; of a network with several
+            inputs the shape of each that has one row an image. It is not compared, for each network has its own.
         step: optimizer steps that the weights have made, where a run states it.
         options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
@@ -62,6 +64,7 @@ class ObjectiveCard:
     bn_policy: str = "eval"
     parameters: str = "all"
     dtype: str = "float32"
+    input_shape: str = "unknown"
     seed: int | None = None
     checkpoint: str = "unknown"
     epoch: int | None = None
@@ -152,4 +155,8 @@ def versions() -> dict[str, str]:
     import timm
     import torch  # reading a card needs neither
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    from vitscope import __version__  # which imports this module
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__, "vitscope": __version__,
+    }  # fmt: skip

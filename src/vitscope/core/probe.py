@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitscope.core.batches.batch_format import BatchFormat, Key
+from vitscope.core.batches.batch_inputs import image_shapes
 from vitscope.core.batches.prepared_batches import Batch as Batch
 from vitscope.core.batches.prepared_batches import are_pairs, count_examples, prepare_batch
 from vitscope.core.guard import probe_guard
@@ -273,13 +274,14 @@ class Probe:
 
     def card(self, **overrides: Any) -> ObjectiveCard:
         """Return the card of this probe; ``overrides`` are what only the measure knows (dtype, bn_policy, solver, ...)."""
-        targets, names = next(iter(self.batches))[1], self._passes.random_modules
+        (inputs, targets), names = next(iter(self.batches)), self._passes.random_modules
         facts: dict[str, Any] = {
             "loss": self.objective.description(targets) + self._format.description,
             "l2": self.objective.l2,
             "weight_decay": self.objective.weight_decay,
             "n_images": self.n_images,
             "batch_size": self.batch_size,
+            "input_shape": image_shapes(inputs),
             "dtype": str(self.dtype).removeprefix("torch."),
             "mode": f"eval, random outputs of {', '.join(names)}" if names else "eval",
             "versions": versions(),

@@ -26,7 +26,7 @@ class RunningMean:
         self._square_sum: Tensor | None = None
 
     def add(self, values: Tensor) -> None:
-        """Add one row an image: ``values (B, ...)``, the same trailing shape on every call."""
+        """Add one row per image: ``values (B, ...)``, the same trailing shape on every call."""
         values = values.detach().double()
         self.count += len(values)
         total, square = values.sum(0), values.square().sum(0)  # (...) each

@@ -187,7 +187,7 @@ class _OneWarning:
         if self._is_given or probe.objective.loss == "cross_entropy":
             return
         self._is_given = True
-        reasons = {"ece": "outputs are no logits of one class an image"}
+        reasons = {"ece": "outputs are no logits of one class per image"}
         if np.isnan(evaluation.accuracy) and np.isfinite(evaluation.nll):
             reasons["accuracy"] = "targets are no classes"
         warn_nulls(f"evaluation under {probe.card().loss}", reasons)

@@ -1,4 +1,4 @@
-"""Images: one `DataModule`, one file a data set family, augmentation as a function of (seed, epoch, index)."""
+"""Images: one `DataModule`, one file per family of data sets, augmentation as a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 

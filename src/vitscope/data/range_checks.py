@@ -15,7 +15,7 @@ def integer(key: str, value: float, at_least: int) -> int:
         ConfigError: It is none, or below `at_least`.
     """
     if isinstance(value, bool) or not math.isfinite(value) or int(value) != value or value < at_least:
-        raise ConfigError(key, value, f"not an integer of at least {at_least}", "correct the value")
+        raise ConfigError(key, value, f"not an integer of at least {at_least}", f"set it to {at_least} or more")
     return int(value)
 
 
@@ -26,8 +26,8 @@ def number(key: str, value: float, low: float, high: float) -> float:
         ConfigError: It is not finite, or not in [low, high].
     """
     if not (math.isfinite(value) and low <= value <= high):
-        bracket = ")" if math.isinf(high) else "]"
-        raise ConfigError(key, value, f"not in [{low:g}, {high:g}{bracket}", "correct the value")
+        bracket, example = (")", low + 1) if math.isinf(high) else ("]", (low + high) / 2)
+        raise ConfigError(key, value, f"not in [{low:g}, {high:g}{bracket}", f"set it to {example:g}, for instance")
     return float(value)
 
 
@@ -42,7 +42,7 @@ def channels(key: str, values: Sequence[float], *, positive: bool) -> tuple[floa
         math.isfinite(value) and (value > 0 or not positive) for value in channel_values
     ):
         kind = "positive" if positive else "finite"
-        raise ConfigError(key, channel_values, f"not three {kind} numbers", "give one a channel")
+        raise ConfigError(key, channel_values, f"not three {kind} numbers", "give one per channel")
     if not all(0 <= value <= 1 for value in channel_values):
         example = [round(value / 255, 4) for value in channel_values]
         raise ConfigError(key, list(channel_values), "not in [0, 1], the range of pixels", f"divide by 255: {example}")

@@ -69,7 +69,7 @@ class SideBySide:
                 first = self.made.probe.first_image(index)
                 raise NumericalError(
                     "loss", loss, f"not finite on images {first} to {first + len(x) - 1}, so it has no curvature",
-                    "look at the weights and the batch, or use float64",
+                    "check the weights and the batch for values that are not finite, or use float64",
                 )  # fmt: skip
         return torch.cat([gradients[name].reshape(len(self.x), -1) for name in self.point], dim=1)  # (B, size)
 

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of a symmetric operator, with what is known about their error.
+"""Extreme eigenvalues of a symmetric operator, with bounds of their errors.
 
 An eigenvalue lies within a Ritz pair's residual r of its value, and within r^2/gap where the rest of the spectrum is gap away
 (Parlett, The Symmetric Eigenvalue Problem, ch. 11). A Krylov space holds one direction of each eigenvalue: of a cluster tighter

@@ -1,4 +1,4 @@
-"""Lanczos with full reorthogonalisation and thick restart.
+"""Lanczos with full reorthogonalization and thick restart.
 
 Each step makes one product, orthogonalises it against the whole basis and extends the projection T = Q^T H Q. A Ritz pair
 (theta, Q s) has residual r = |H Q s - theta Q s| = beta |s_last|, at no further product. When the basis is full the best Ritz
@@ -179,7 +179,12 @@ class Lanczos:
 
     def _check(self, coefficients: np.ndarray) -> None:
         if not np.isfinite(coefficients).all():
-            raise NumericalError("hessian", None, "a product is not finite", "look at the weights, or use float64")
+            raise NumericalError(
+                "hessian",
+                None,
+                "a product is not finite",
+                "check the weights for values that are not finite, or use float64",
+            )
 
     def _grow(self, diagonal: float, length: float, scale: float) -> None:
         """Add T's next row and column, and the remainder of that length to the basis."""

@@ -1,4 +1,4 @@
-"""Derive up to which curvature an optimizer's iteration is stable.
+"""Limits of stability: the curvature up to which the iteration of an optimizer is stable.
 
 On a quadratic w^T H w / 2, full batch, with the second moments frozen, an optimizer of torch.optim is a linear iteration. Of one
 weight with the curvature h it diverges where h passes a critical curvature; each follows from the characteristic polynomial at

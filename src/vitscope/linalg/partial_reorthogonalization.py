@@ -1,4 +1,4 @@
-"""Lanczos that reorthogonalises only when it must.
+"""Lanczos that reorthogonalizes only when it must.
 
 As long as no two rows of the basis have an inner product above the root of the precision, T equals a projection of the
 operator on an orthonormal basis up to the precision itself (Simon, Math. Comp. 42, 1984), so that Ritz values have no ghost

@@ -146,9 +146,9 @@ def alternet(
         ValueError: For an unknown depth or option, or a window that does not fit (the sizes that do are named).
     """
     if mixer not in ("msa", "conv", "uniform", "blur"):
-        raise ValueError(f"Unknown mixer {mixer!r}: msa, conv, uniform or blur.")
+        raise ValueError(f"Expected mixer to be msa, conv, uniform or blur, received {mixer!r}.")
     if blur_size not in (2, 3):
-        raise ValueError(f"blur_size must be 2 or 3, got {blur_size}.")
+        raise ValueError(f"Expected blur_size to be 2 or 3, received {blur_size}.")
     counts = DEFAULT_MSA[depth] if n_msa is None and depth in DEFAULT_MSA else tuple(n_msa or ())
     sequences = stage_blocks(blocks_of(depth), counts, placement)
     if mixer == "conv":

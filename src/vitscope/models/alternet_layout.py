@@ -38,17 +38,19 @@ def stage_blocks(blocks: Sequence[int], n_msa: Sequence[int], placement: Placeme
         ValueError: If a stage cannot hold its attention blocks, or the placement is unknown.
     """
     if len(n_msa) != len(blocks) or any(m < 0 for m in n_msa):
-        raise ValueError(f"n_msa needs {len(blocks)} counts of at least 0, got {tuple(n_msa)}.")
+        raise ValueError(f"Expected n_msa of {len(blocks)} counts of at least 0, received {tuple(n_msa)}.")
     if placement in ("late", "alternating"):
         return _attention_from_the_end(blocks, sum(n_msa), step=1 if placement == "late" else 2)
     stages = list(zip(blocks, n_msa))
     if placement == "official":
         return tuple((_convolutions(n, m) + "CM" * m)[:n] for n, m in stages)
     if placement not in ("stage_end", "stage_start"):
-        raise ValueError(f"Unknown placement {placement!r}: stage_end, stage_start, late, alternating or official.")
+        raise ValueError(
+            f"Expected placement to be stage_end, stage_start, late, alternating or official, received {placement!r}."
+        )
     for stage, (n, m) in enumerate(stages, start=1):
         if 2 * m > n:
-            raise ValueError(f"stage {stage} has {n} blocks and takes at most {n // 2} attention blocks, got {m}.")
+            raise ValueError(f"Expected n_msa of at most {n // 2} for the {n} blocks of stage {stage}, received {m}.")
     if placement == "stage_start":
         return tuple("CM" * m + _convolutions(n, m) for n, m in stages)
     return tuple(_convolutions(n, m) + "CM" * m for n, m in stages)
@@ -66,7 +68,7 @@ def _attention_from_the_end(blocks: Sequence[int], n_msa: int, step: int) -> tup
     attention_places = [(stage, place) for stage, place in places[::-step] if place > 0][:n_msa]
     if len(attention_places) < n_msa:
         raise ValueError(
-            f"{n_msa} attention blocks do not fit, at most {len(attention_places)} of {sum(blocks)} blocks can be."
+            f"Expected n_msa with a sum of at most {len(attention_places)} for {sum(blocks)} blocks, received {n_msa}."
         )
     letters = dict.fromkeys(attention_places, "M")
     return tuple("".join(letters.get((stage, place), "C") for place in range(n)) for stage, n in enumerate(blocks))
@@ -112,10 +114,10 @@ def feature_map_sizes(image_size: ImageSize, stem: Stem = "cifar") -> tuple[tupl
         ValueError: If the stem is unknown or the image has no pixels.
     """
     if stem not in ("cifar", "imagenet"):
-        raise ValueError(f"Unknown stem {stem!r}: cifar or imagenet.")
+        raise ValueError(f"Expected stem to be cifar or imagenet, received {stem!r}.")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}.")
+        raise ValueError(f"Expected image_size of at least 1, received {image_size}.")
     n_halvings_of_stem = 2 if stem == "imagenet" else 0
     for _ in range(n_halvings_of_stem):
         height, width = _halved(height), _halved(width)
@@ -152,11 +154,11 @@ def check_window(image_size: ImageSize, stem: Stem, n_msa: Sequence[int], window
         ValueError: With the stage, its map, and the window sizes that fit.
     """
     if window_size < 1:
-        raise ValueError(f"window_size must be at least 1, got {window_size}.")
+        raise ValueError(f"Expected window_size of at least 1, received {window_size}.")
     for stage, ((h, w), m) in enumerate(zip(feature_map_sizes(image_size, stem), n_msa), start=1):
         if m > 0 and (h % window_size or w % window_size):
             fitting = valid_window_sizes(image_size, stem, n_msa)
             names = f"window sizes that do: {', '.join(map(str, fitting))}; or" if fitting else "no window does;"
             raise ValueError(
-                f"window_size={window_size} does not divide the {h}x{w} map of stage {stage}; {names} set pad=True."
+                f"Expected window_size to divide the {h}x{w} map of stage {stage}, received {window_size}; {names} set pad=True."
             )

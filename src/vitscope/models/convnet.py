@@ -121,7 +121,7 @@ def _check(depth: int, stem: str) -> None:
     if depth not in BLOCKS:
         raise ValueError(f"Expected depth of ResNet to be one of {', '.join(map(str, BLOCKS))}, received {depth}.")
     if stem not in ("cifar", "imagenet"):
-        raise ValueError(f"Unknown stem {stem!r}: cifar or imagenet.")
+        raise ValueError(f"Expected stem to be cifar or imagenet, received {stem!r}.")
 
 
 def check_width(width: int | None) -> None:

@@ -44,12 +44,14 @@ def convnext(
         ValueError: For an unknown size, an even kernel, or an image of fewer than 8 patches a side.
     """
     if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+        raise ValueError(f"Expected size to be one of {', '.join(SIZES)}, received {size!r}.")
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
+        raise ValueError(f"Expected kernel_size to be odd, received {kernel_size}.")
     shortest = image_size if isinstance(image_size, int) else min(image_size)
     if patch_size < 1 or shortest // patch_size < 8:
-        raise ValueError(f"patch_size={patch_size} leaves fewer than 8 patches on a side of {shortest} pixels.")
+        raise ValueError(
+            f"Expected patch_size with at least 8 patches on a side of {shortest} pixels, received {patch_size}."
+        )
     model = cast(ConvNeXt, timm.create_model(
         f"convnext_{size}", num_classes=num_classes, in_chans=in_chans, patch_size=patch_size,
         kernel_sizes=kernel_size, ls_init_value=layer_scale, drop_path_rate=drop_path,

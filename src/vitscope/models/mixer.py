@@ -36,7 +36,7 @@ def mixer(
         ValueError: For an unknown size, or a patch that does not divide the image.
     """
     if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+        raise ValueError(f"Expected size to be one of {', '.join(SIZES)}, received {size!r}.")
     token_grid(image_size, patch_size)
     dim, depth = SIZES[size]
     model = MlpMixer(

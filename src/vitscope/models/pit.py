@@ -54,12 +54,12 @@ def pit(
             not divide.
     """
     if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+        raise ValueError(f"Expected size to be one of {', '.join(SIZES)}, received {size!r}.")
     rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
     if not 1 <= patch_size <= min(rows, columns) or (stride is not None and stride < 1):
         raise ValueError(
-            f"patch_size={patch_size} and stride={stride} do not fit the {rows}x{columns} image: "
-            "both must be at least 1 and the patch no larger than the image."
+            f"Expected patch_size from 1 to the {rows}x{columns} image and stride of at least 1, "
+            f"received {patch_size} and {stride}."
         )
     base_dims, depth, default_heads = SIZES[size]
     depth, heads = tuple(depths or depth), tuple(stage_heads or default_heads)

@@ -54,7 +54,7 @@ def swin(
         ValueError: For an unknown size, a patch or window that does not divide, or heads that do not fit depths or widths.
     """
     if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+        raise ValueError(f"Expected size to be one of {', '.join(SIZES)}, received {size!r}.")
     default_dim, default_depths, default_heads = SIZES[size]
     dim = default_dim if width is None else width
     depths, heads = tuple(depths or default_depths), tuple(stage_heads or default_heads)
@@ -63,7 +63,7 @@ def swin(
     if not _fits(window_size, maps):
         fitting = [p for p in range(2, min(maps[0]) + 1) if _fits(p, maps)]
         raise ValueError(
-            f"window_size={window_size} does not divide the maps {', '.join(f'{h}x{w}' for h, w in maps)}; "
+            f"Expected window_size to divide the maps {', '.join(f'{h}x{w}' for h, w in maps)}, received {window_size}; "
             f"window sizes that do: {', '.join(map(str, fitting))}."
         )
     model = SwinTransformer(
@@ -75,7 +75,7 @@ def swin(
 
 
 def check_stages(width: int, depths: Sequence[int], heads: Sequence[int]) -> None:
-    """Refuse heads that are not one number a stage, or that do not divide a stage's width ``width * 2**stage``.
+    """Refuse heads that are not one number per stage, or that do not divide a stage's width ``width * 2**stage``.
 
     Raises:
         ValueError: With the stage and its width.

@@ -56,9 +56,9 @@ def vit(
         ValueError: For an unknown size or pool, a patch that does not divide the image, or a width that heads do not divide.
     """
     if size not in SIZES:
-        raise ValueError(f"Unknown size {size!r}: {', '.join(SIZES)}.")
+        raise ValueError(f"Expected size to be one of {', '.join(SIZES)}, received {size!r}.")
     if pool not in ("cls", "gap"):
-        raise ValueError(f"Unknown pool {pool!r}: cls or gap.")
+        raise ValueError(f"Expected pool to be cls or gap, received {pool!r}.")
     dim, default_depth, default_heads = _layout(size, width, heads)
     grid = token_grid(image_size, patch_size)
     model = VisionTransformer(
@@ -120,7 +120,7 @@ def convit(
         ValueError: For an unknown size, an even kernel, or a patch that does not divide the image.
     """
     if kernel_size != "global" and (not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0):
-        raise ValueError(f"kernel_size must be odd or 'global', got {kernel_size!r}.")
+        raise ValueError(f"Expected kernel_size to be odd or 'global', received {kernel_size!r}.")
     model = vit(
         size, num_classes, image_size, patch_size, "gap", heads if width else None, None, qkv_bias, depth, drop_path, in_chans,
         grad_checkpointing=grad_checkpointing, width=width,
@@ -158,7 +158,7 @@ def token_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int,
     if patch_size < 1 or height % patch_size or width % patch_size:
         fitting = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
         raise ValueError(
-            f"patch_size={patch_size} does not divide the {height}x{width} image; "
+            f"Expected patch_size to divide the {height}x{width} image, received {patch_size}; "
             f"patch sizes that do: {', '.join(map(str, fitting))}."
         )
     return height // patch_size, width // patch_size

@@ -78,7 +78,7 @@ def report(cfg: DictConfig) -> Path:
     _log_problems(list(dict.fromkeys(problems)), bool(cfg.strict), cfg)
     if damaged:
         reason = f"{count_text(len(damaged), 'run folder')} damaged and left out, named above"
-        raise DataError("runs", None, reason, "restore or delete them; the report holds the others")
+        raise DataError("runs", None, reason, "restore or delete them; the report has the others")
     return target
 
 

@@ -22,7 +22,7 @@ USAGE = """usage: vitscope reproduce TARGET ... [profile=smoke] [seeds=1] [gpus=
   profile=      {profiles}
   seeds=5       seeds 0 to 4 of each experiment; seeds=5-8: seeds 5, 6, 7 and 8, for instance on another machine
   gpus=0,1      one run at a time on each of these GPUs (0+1: a run on two); jobs=4 beside it: two on each
-  jobs=2        so many runs side by side on the CPU, which share its cores
+  jobs=2        two runs side by side on the CPU, which share its cores
   overrides=    settings of every training, such as 'optimizer.lr=1e-3 trainer.max_epochs=50'; such runs have folders of their own
   dry=true      only list the runs that each target needs, which exist, and the estimated hours and disk space
   launcher=slurm  submit each run as a SLURM job through submitit; jobs=8: at most 8 at a time; slurm.partition=gpu
@@ -55,7 +55,7 @@ class Request:
         runs: The folder of runs.
         out: The folder of figures, a folder a target in it.
         gpus: GPUs such as ``0,1``; None for none in particular.
-        jobs: Number of jobs side by side; None for one, or one a GPU.
+        jobs: Number of jobs side by side; None for one, or one per GPU.
         overrides: Settings of every run.
         dry: Whether only to list the work.
         launcher: ``local`` or ``slurm``.
@@ -195,7 +195,7 @@ def _wrapped(names: Sequence[str], width: int = 110) -> str:
 
 def _whole(name: str, text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(name, text, "not a whole number of at least 1", f"give one, such as {name}=2")
+        raise ConfigError(name, text, "not a whole number of at least 1", f"write {name}=2")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line a log call, appended and flushed at once; the truth that every table reads.
+"""`metrics.jsonl`: one line per log call, appended and flushed at once; the authoritative log, which every table reads.
 
 Weights & Biases is a mirror that may lose rows; this file may not.
 """
@@ -83,7 +83,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def series(path: Path) -> pd.DataFrame:
-    """Return the journal as a table with one row a step, later values winning (a resumed run writes steps again)."""
+    """Return the journal as a table with one row per step, later values winning (a resumed run writes steps again)."""
     import pandas as pd  # a training does not need it
 
     table = pd.DataFrame(read(path))

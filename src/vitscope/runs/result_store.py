@@ -1,4 +1,4 @@
-"""Results on disk: one ``.npz`` a result that holds everything, and a readable ``.json`` beside it.
+"""Results on disk: one ``.npz`` per result that holds everything, and a readable ``.json`` beside it.
 
 The ``.npz`` alone is what is read back: it is replaced atomically, so a crash leaves the old result or the new one, never
 a mixture. The ``.json`` mirrors its scalars and its objective card for people and scripts.

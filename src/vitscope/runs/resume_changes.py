@@ -113,7 +113,7 @@ def refuse_less_than_done(changes: Sequence[Change], cfg: DictConfig, epochs: in
             continue
         least, unit = progress[change.key]
         if isinstance(change.new, int) and 0 <= change.new < least:
-            reason = f"the run was made with {change.old}, and {least} {unit} are begun or done"
+            reason = f"the run was made with {change.old}, and {least} {unit} have been started"
             raise ConfigError(change.key, change.new, reason, f"give at least {least}")
 
 

@@ -169,7 +169,7 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
     is_begun = (path / "provenance.json").exists() or run.journal.exists() or checkpoint_io.present(run.checkpoints)
     is_restarted = _job_id() is not None and not _is_of_another_command(run, cfg)
     if (path / "config.yaml").exists() and is_begun and not is_restarted:
-        raise ConfigError("run_dir", path, "already holds a run", "choose another, or go on with run=<folder>")
+        raise ConfigError("run_dir", path, "already holds a run", "choose another folder, or resume with run=<folder>")
     try:
         atomic_write.sweep(path)
         atomic_write.write_atomically(path / "config.yaml", OmegaConf.to_yaml(redacted(cfg)).encode())
@@ -180,7 +180,9 @@ def _described(cfg: DictConfig, command: str, run: Run) -> Run:
 
 
 def _no_folder(path: Path, error: OSError) -> StorageError:
-    return StorageError("paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another")
+    return StorageError(
+        "paths.runs", path.parent, f"no folder can be made there ({error.strerror})", "choose another folder"
+    )
 
 
 def reopen(run: Run, cfg: DictConfig, command: str) -> None:

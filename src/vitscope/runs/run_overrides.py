@@ -42,7 +42,7 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """
     for argument in arguments:
         if argument.startswith("-"):
-            raise ConfigError(argument, None, "an option of composing, and a run's configuration is not composed again",
+            raise ConfigError(argument, None, "a Hydra option; with run= the saved configuration is used",
                               "leave it out, or leave out run=")  # fmt: skip
     for override in hydra_internals.parse_overrides(arguments):
         key, value = override.key_or_group, _value(override)
@@ -53,7 +53,9 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
             names = list(above.keys()) if isinstance(above, DictConfig) else []
             raise ConfigError(key, value, "no such key", errors.nearest(name, map(str, names)))
         if isinstance(node, DictConfig) and loading.options(key):
-            raise ConfigError(key, value, "a group, and the run has its own", "start a new run to choose another")
+            raise ConfigError(
+                key, value, "the groups of an existing run cannot be changed", "start a new run to choose another one"
+            )
         try:
             OmegaConf.update(cfg, key, value, force_add=True)
         except OmegaConfBaseException as error:
@@ -63,10 +65,13 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
 def _value(override: hydra_internals.Override) -> Any:
     if override.is_delete():
         raise ConfigError(
-            override.key_or_group, None, "a run's key cannot be removed", "set it, null where that is allowed"
+            override.key_or_group,
+            None,
+            "keys of an existing run cannot be removed",
+            "set it to another value, such as null",
         )
     if override.is_sweep_override():
-        raise ConfigError(override.key_or_group, override.get_value_string(), "several values", "give one")
+        raise ConfigError(override.key_or_group, override.get_value_string(), "several values", "give one value")
     return override.value()
 
 

@@ -1,4 +1,4 @@
-"""The search among run folders: all below a folder, and the runs of one configuration that are finished or can go on."""
+"""The search among run folders: all below a folder, and the runs of one configuration that are finished or can be resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: a write-only mirror of the journal and the results. The one file that imports ``wandb``.
+"""Weights & Biases: a write-only copy of the metrics log and the results. The one file that imports ``wandb``.
 
 Nothing here may stop a training: a server that is gone, a missing key or a dead background process cost a warning.
 """
@@ -56,7 +56,7 @@ class WandbMirror:
 
     @property
     def id(self) -> str | None:
-        """The run's id, by which a resumed run goes on as the same one."""
+        """The run's id, by which a resumed run continues the same one."""
         return self._fact("id")
 
     @property
@@ -117,7 +117,7 @@ class WandbMirror:
         try:
             action(self._run)
         except Exception as error:  # whatever W&B raises, training goes on
-            warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; the journal has every row", stacklevel=3)
+            warnings.warn(f"W&B: {type(error).__name__}: {_one_line(error)}; metrics.jsonl has every row", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
             run.note(wandb_id=mirror.id, wandb_url=mirror.url)
             return mirror
         except Exception as error:  # no server, a wrong key, a dead service: try offline, then do without
-            then = "trying offline" if attempt != "offline" else "going on without it; the journal has every row"
+            then = "trying offline" if attempt != "offline" else "continuing without it; metrics.jsonl has every row"
             _logger.info(f"W&B: not started ({type(error).__name__}: {_one_line(error)}); {then}")
     return WandbMirror()
 

@@ -1,4 +1,4 @@
-"""The errors a user can mend: one line each, and the exit code that goes with it.
+"""Errors that a user can correct: one line each, and the exit code that goes with it.
 
 A command that catches a `VitscopeError` prints `error: <str(error)>` on stderr and ends with
 `error.exit_code`. Errors of the Python interface (a wrong argument of a measure) stay `ValueError`.

@@ -55,7 +55,7 @@ class LocationTests:
 
 
 def location_tests(values: Sequence[float]) -> LocationTests:
-    """Return the three tests of one effect a seed; all NaN where `vitscope.stats.t_tests.t_interval` has no p.
+    """Return the three tests of one effect per seed; all NaN where `vitscope.stats.t_tests.t_interval` has no p.
 
     Raises:
         ValueError: A value that is not finite.

@@ -55,13 +55,13 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
-    """Return the mean of one value a seed with its t-interval (3 seeds: 4.30 standard errors).
+    """Return the mean of one value per seed with its t-interval (3 seeds: 4.30 standard errors).
 
     Values that are equal, up to `ROUNDING`, have no spread to judge by: an interval without width would hold the truth only if
     it were known. They have no interval and no p (both NaN), and so decide no claim.
 
     Args:
-        values: one number a seed.
+        values: one number per seed.
         magnitude: magnitude of the numbers that the values are sums or differences of; that of the values themselves where it
             is smaller.
 

@@ -31,10 +31,12 @@ def rungs(node: Mapping[str, Any]) -> list[int]:
         )
     eta = node.get("eta", 3)
     if not isinstance(eta, int | float) or eta <= 1:
-        raise ConfigError("early_terminate.eta", eta, "not greater than 1", "3 is usual")
+        raise ConfigError("early_terminate.eta", eta, "not greater than 1", "set eta: 3")
     if "min_iter" in node:
         if not isinstance(node["min_iter"], int) or node["min_iter"] < 1:
-            raise ConfigError("early_terminate.min_iter", node["min_iter"], "not a whole number from 1", "give one")
+            raise ConfigError(
+                "early_terminate.min_iter", node["min_iter"], "not a whole number of at least 1", "set min_iter: 3"
+            )
         return sorted({int(node["min_iter"] * eta**k) for k in range(20)})
     steps = {int(node.get("max_iter", 0) / eta**k) for k in range(1, int(node.get("s", 0)) + 1)} - {0}
     if not steps:

@@ -1,4 +1,4 @@
-"""Run jobs side by side, one a slot, until none is left; end all of them when this process is asked to stop."""
+"""Run jobs side by side, one per slot, until none is left; end all of them when this process is asked to stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``make sweep-local``: a sweep's trials on this machine, one process each, with a journal that goes on."""
+"""``make sweep-local``: a sweep's trials on this machine, one process each, with a journal that a later command continues."""
 
 from __future__ import annotations
 

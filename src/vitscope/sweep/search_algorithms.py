@@ -166,7 +166,7 @@ class Bayes:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            fix = "make it so, or choose another folder"
+            fix = "make the folder writable, or set paths.runs= to another one"
             raise StorageError("paths.runs", self._folder, f"not writable ({error.strerror})", fix) from None
         return run_lock.exclusive(self._folder)
 

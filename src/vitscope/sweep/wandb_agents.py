@@ -1,4 +1,4 @@
-"""``make sweep``: a sweep on a W&B server, one pinned agent a slot; how it ended is read from the run folders."""
+"""``make sweep``: a sweep on a W&B server, one pinned agent per slot; how it ended is read from the run folders."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vitscope.runtime.distributed import all_reduce_sum
 from vitscope.runtime.errors import NumericalError
@@ -74,17 +75,24 @@ class StepGroup:
         return accumulate_grad_batches * self.first / self.images
 
 
-def refuse_nonfinite(loss: float, step: int, lr: float) -> None:
+def refuse_nonfinite(loss: float, step: int, optimizer: Optimizer) -> None:
     """Raise NumericalError where the loss of a step, or a sum of such losses, is not finite.
 
     Args:
         loss: The loss.
         step: Number of the step.
-        lr: Its learning rate.
+        optimizer: The optimizer that makes the step; the error states ``optimizer.lr``, and the step's own rate where a warm-up
+            or a schedule has made it another one.
     """
-    if not math.isfinite(loss):
-        fix = "lower it, warm up longer or clip gradients; the last checkpoint is finite"
-        raise NumericalError("optimizer.lr", lr, f"loss {loss} at step {step}", fix)
+    if math.isfinite(loss):
+        return
+    rate = float(optimizer.param_groups[0]["lr"])
+    configured_rate = float(optimizer.defaults.get("lr", rate))
+    reason = f"loss {loss} at step {step}"
+    if rate != configured_rate:
+        reason += f", whose learning rate is {rate:.4g}"
+    fix = "lower it, warm up longer or clip gradients; the last checkpoint is finite"
+    raise NumericalError("optimizer.lr", configured_rate, reason, fix)
 
 
 def is_accumulating(trainer: Trainer) -> bool:

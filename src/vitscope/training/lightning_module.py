@@ -156,7 +156,7 @@ class Classifier(pl.LightningModule):
         if is_first(batch_idx, trainer.accumulate_grad_batches):
             self._group = StepGroup()
         weight = self._group.add(loss, n_labeled(y), trainer.world_size)
-        refuse_nonfinite(self._group.loss_sum, self.global_step, self._current_lr())  # of all ranks
+        refuse_nonfinite(self._group.loss_sum, self.global_step, self.trainer.optimizers[0])  # of all ranks
         if self._steps_twice():
             self._group.parts.append((batch, batch_idx, weight))
         if self._group.images == 0 and not is_accumulating(trainer):
@@ -194,10 +194,10 @@ class Classifier(pl.LightningModule):
             self.trainer.optimizers[0].zero_grad()
         for part, number, share in earlier:
             loss = self._loss(part, number, ascended=True)[0] * share / self.trainer.accumulate_grad_batches
-            refuse_nonfinite(loss.item(), self.global_step, self._current_lr())
+            refuse_nonfinite(loss.item(), self.global_step, self.trainer.optimizers[0])
             self.trainer.strategy.backward(loss, None)
         loss = self._loss(batch, batch_idx, ascended=True)[0]
-        refuse_nonfinite(loss.item(), self.global_step, self._current_lr())
+        refuse_nonfinite(loss.item(), self.global_step, self.trainer.optimizers[0])
         return loss * weight
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -302,9 +302,6 @@ class Classifier(pl.LightningModule):
     def _second_pass(self) -> bool:
         optimizer = next(iter(self.trainer.optimizers), None)
         return isinstance(optimizer, SAM) and optimizer.perturbed
-
-    def _current_lr(self) -> float:
-        return float(self.trainer.optimizers[0].param_groups[0]["lr"])
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

@@ -88,7 +88,7 @@ def _run_to_resume(cfg: DictConfig, run: Run | None) -> Run | None:
     run = run_search.unfinished(Path(cfg.paths.runs), experiment_identity.config_hash(cfg))
     if run is None and cfg.ckpt_path == "last":
         reason = "no unfinished run of this configuration has a checkpoint"
-        raise CheckpointError("ckpt_path", "last", reason, "start afresh without it, or use ckpt_path=auto")
+        raise CheckpointError("ckpt_path", "last", reason, "start a new run without it, or use ckpt_path=auto")
     return run
 
 
@@ -121,13 +121,13 @@ def allowed_changes(cfg: DictConfig, run: Run | None, checkpoint: Path | None) -
     starts_anew = not checkpoint_io.present(run.checkpoints)  # it ended before its first checkpoint
     if cfg.get("ckpt", LATEST) == checkpoint_weights.AVERAGE and not starts_anew:
         fix = "leave it out, or start a new run from the averages: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt", cfg.ckpt, "a run that goes on needs the weights that its optimizer moves", fix)
+        raise ConfigError("ckpt", cfg.ckpt, "a resumed run needs the weights that its optimizer trains", fix)
     if cfg.get("ckpt_weights_only") and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt_weights_only", True, "a run that goes on needs the whole state of its checkpoint", fix)
+        raise ConfigError("ckpt_weights_only", True, "a resumed run needs the whole state of its checkpoint", fix)
     if cfg.get("ckpt_head", FILE_HEAD) == NEW_HEAD and not starts_anew:
         fix = "leave it out, or start a new run from the weights: leave out run= and name a file with ckpt_path="
-        raise ConfigError("ckpt_head", NEW_HEAD, "a run that goes on needs the whole state of its checkpoint", fix)
+        raise ConfigError("ckpt_head", NEW_HEAD, "a resumed run needs the whole state of its checkpoint", fix)
     stored = run.config()
     changes = resume_changes.changes(stored, cfg)
     resume_changes.refuse_another_experiment(changes, stored, cfg, run)
@@ -168,7 +168,9 @@ def report_nothing_to_do(run: Run, changes: Sequence[Change] | None) -> None:
     print(f"{run.path} is finished; nothing to do")
     if changes:
         keys = ", ".join(change.key for change in changes)
-        _logger.info(f"not applied, for no step is left to make: {keys}; measure it with analyze.py run={run.path}")
+        _logger.info(
+            f"no training step is left, so that these keys have no effect: {keys}; measure with analyze.py run={run.path}"
+        )
 
 
 def check_choice_of_weights(cfg: DictConfig) -> None:
@@ -183,14 +185,14 @@ def check_choice_of_weights(cfg: DictConfig) -> None:
             "ckpt_head", head, f"neither {FILE_HEAD} nor {NEW_HEAD}", f"set ckpt_head={NEW_HEAD}, or leave it out"
         )
     if head == NEW_HEAD and cfg.ckpt_path in (None, "last", "auto"):
-        reason = "leaves out the classifier of the file that ckpt_path names, and it names none"
+        reason = "replaces the classifier of the file in ckpt_path, but ckpt_path names no file"
         raise ConfigError("ckpt_head", head, reason, "set ckpt_path=<file>, or leave it out")
     chosen_weights = cfg.get("ckpt", LATEST)
     if chosen_weights not in (LATEST, checkpoint_weights.AVERAGE):
         fix = f"choose {LATEST} or {checkpoint_weights.AVERAGE}; run=<folder> ckpt_path=last resumes a run"
         raise ConfigError("ckpt", chosen_weights, "no weights of a file that a training starts from", fix)
     if chosen_weights == checkpoint_weights.AVERAGE and cfg.ckpt_path in (None, "last", "auto"):
-        reason = "takes the averages of the file that ckpt_path names, and it names none"
+        reason = "loads the averages of the file in ckpt_path, but ckpt_path names no file"
         raise ConfigError("ckpt", chosen_weights, reason, "set ckpt_path=<file>, or leave it out")
 
 
@@ -223,13 +225,13 @@ def load_start_weights(cfg: DictConfig, network: Any, path: Path) -> Mapping[str
     owner, n_steps = run_dir.owner_of(path), checkpoint_content.completed_steps(content)
     resumed = f"run={owner.path} resumes that run itself, " if owner is not None else ""
     if not _is_below_limits(cfg, _progress_of(content, path)):
-        reason = f"no step is left to make: ckpt_path={path} holds a training of {n_steps} steps"
-        fix = f"give more; {resumed}ckpt_weights_only=true starts anew from its weights"
+        reason = f"no training step is left: ckpt_path={path} holds a training of {n_steps} steps"
+        fix = f"raise it; {resumed}ckpt_weights_only=true starts a new training from its weights"
         raise ConfigError("trainer.max_epochs", cfg.trainer.get("max_epochs"), reason, fix)
     if owner is not None:
         _logger.info(
-            f"ckpt_path={path}: a new run goes on from step {n_steps} with the optimizer's state; {resumed}"
-            "ckpt_weights_only=true takes the weights alone"
+            f"ckpt_path={path}: a new run continues from step {n_steps} with the optimizer's state; {resumed}"
+            "ckpt_weights_only=true loads the weights only"
         )
     return content
 
@@ -289,7 +291,7 @@ def adopt_checkpoint(
     stored = checkpoint_content.facts(content, path)
     for key, value in identity.items():
         if key == "optimizer" and stored.get(key, value) != value:
-            reason = "the checkpoint's own values (rate, decay, ...) would be used and these be passed over"
+            reason = "the values in the checkpoint (learning rate, weight decay, ...) would be used and these ignored"
             command = resume_changes.weights_command(run, path.absolute(), {})
             raise CheckpointError(
                 "optimizer", None, reason, f"leave it as it was, or start from the weights alone: {command}"

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412) around any optimizer: two passes a step.
+"""Sharpness-aware minimization (Foret et al. 2021, arXiv 2010.01412) around any optimizer: two passes per step.
 
 The paper under study trained nothing with it (docs/definitions.md section 11). Neither torch nor timm has an implementation.
 """

@@ -51,7 +51,7 @@ def check_accelerator(cfg: DictConfig) -> None:
     if accelerator == "gpu" and torch.backends.mps.is_available():
         return
     is_of_several_processes = cfg.trainer.get("strategy") not in (None, "auto")
-    fix = "set trainer=cpu, or trainer.accelerator=cpu for a run that goes on"
+    fix = "set trainer=cpu, or trainer.accelerator=cpu for a resumed run"
     if is_of_several_processes:
         fix = "set trainer.accelerator=cpu trainer.devices=2 for two processes on the CPU"
     raise ConfigError("trainer.accelerator", accelerator, "torch finds no GPU on this machine", fix)

@@ -115,7 +115,7 @@ def train(cfg: DictConfig, run: Run | None = None) -> Run:
 def _validate_training(cfg: DictConfig, *, is_resumed: bool) -> None:
     common_probe.apply_common_probe(cfg)
     for name in loading.drop_unchosen(cfg):
-        _logger.info(f"analysis.{name}: the experiment sets it, but it was not chosen; left out")
+        _logger.info(f"analysis.{name}: set by the experiment, but not chosen, and therefore left out")
     if is_resumed:  # the run's own limits have been lowered already, and those of this command are meant
         caps.apply_analysis_caps(cfg)
     else:
@@ -308,7 +308,7 @@ def _fit(cfg: DictConfig, parts: TrainingParts, fit_parts: FitParts, checkpoint:
     except BaseException as error:
         end_other_ranks(trainer)
         if checkpoint is not None and not fit_parts.diagnostics.started and _is_defect(error):  # it was being restored
-            reason = f"cannot be gone on from ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+            reason = f"cannot be resumed ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
             fix = "use the model, optimizer and callbacks it was made with"
             raise CheckpointError("ckpt_path", checkpoint, reason, fix) from error
         raise

@@ -186,3 +186,10 @@ def test_the_logits_of_a_named_tuple_are_measured() -> None:
     assert np.array_equal(vs.hessian_eigenvalues(named, k=1).eigenvalues, expected)
     second = vs.Probe(Network(lambda z: TwoOutputs(2 * z, z)), [(X, Y)], output=1)
     assert np.array_equal(vs.hessian_eigenvalues(second, k=1).eigenvalues, expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "shapes"), [("mapping", "5"), ("mapping of more", "5, scalar"), ("triple", "5, scalar, scalar")]
+)
+def test_the_card_has_the_shape_of_each_input(form: str, shapes: str) -> None:
+    assert FORMS[form][1]().card().input_shape == shapes

@@ -70,7 +70,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "(B, 0)": (lambda z: z[:, :0], r"received \(4, 0\): the model has no classifier: build it with num_classes=K"),
     "maps": (
         lambda z: z[:, :, None, None].expand(-1, -1, 2, 2),
-        r"received \(4, 3, 2, 2\): return one row of logits an image",
+        r"received \(4, 3, 2, 2\): return one row of logits per image",
     ),
     "scalar": (lambda z: z.sum(), r"received \(\): return one row"),
     "fewer rows": (lambda z: z[:2], r"received \(2, 3\): there are 4 images"),
@@ -123,7 +123,7 @@ BATCHES: dict[str, tuple[Any, str]] = {
     "bool labels": ((images(), LABELS > 0), r"received bool \(4,\): use y\.long\(\) for classes 0 and 1"),
     "column": ((images(), LABELS[:, None]), r"received int64 \(4, 1\): use y\[:, 0\]\.long\(\)"),
     "one-hot integers": ((images(), nn.functional.one_hot(LABELS, 3)), r"one-hot targets become .* y\.argmax\(1\)"),
-    "masks": ((images(), LABELS[:, None, None].expand(4, 6, 6)), r"received int64 \(4, 6, 6\): give one class index an image"),
+    "masks": ((images(), LABELS[:, None, None].expand(4, 6, 6)), r"received int64 \(4, 6, 6\): give one class index per image"),
     "too high": ((images(), LABELS + 1), r"gives 3 logits, received 3 in batch 0.*num_classes=4"),
     "negative": ((images(), LABELS - 1), r"at least 0 in batch 0, received -1: number the classes from 0"),
     "sums": ((images(), torch.full((4, 3), 0.5)), r"whose rows sum to 1 with an error of 0\.5: divide each row by its sum"),

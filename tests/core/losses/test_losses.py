@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Any, Tensor, str]] = {
     "class weights": (pixel_weights, INDICES.clamp(min=0), r"Expected a loss that is a mean over images, .*pixel_weights"),
     "coupled images": (contrastive, VALUES, r"Expected a loss that is a mean over images"),
     "random": (noisy, VALUES, r"Expected a loss that is a function of outputs and targets, .*noisy"),
-    "matrix": (lambda z, y: (z - y).abs(), VALUES, r"one floating-point value an image \(6,\), .* float64 \(6, 4\)"),
+    "matrix": (lambda z, y: (z - y).abs(), VALUES, r"one floating-point value per image \(6,\), .* float64 \(6, 4\)"),
     "number": (lambda z, y: 1.0, VALUES, r"to return a tensor, received a float"),
     "failing": (lambda z, y: z @ y, VALUES, r"Expected a loss that takes the outputs and targets, .*RuntimeError"),
     "unknown": ("mae", VALUES, r"Expected loss to be one of cross_entropy, mse, bce, dense_cross_entropy, or a function"),
@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Any, Tensor, str]] = {
     "probabilities": ("bce", VALUES * 2, r"with values from .*: give probabilities or 0 and 1, or use loss='mse'"),
     "shape": ("mse", VALUES[:, :3], r"targets of the shape of the outputs \(6, 4\), received \(6, 3\)"),
     "NaN": ("mse", VALUES * torch.nan, r"with infinite values or NaN"),
-    "no maps": ("dense_cross_entropy", INDICES, r"one class index a pixel \(B, H, W\); loss='cross_entropy'"),
+    "no maps": ("dense_cross_entropy", INDICES, r"one class index per pixel \(B, H, W\); loss='cross_entropy'"),
     "too high": ("mse", INDICES + 0 * INDICES + (INDICES == 3), r"class indices from 0 to 3"),
 }  # fmt: skip
 

@@ -145,6 +145,6 @@ def test_an_own_loss_has_no_ggn(kind: str) -> None:
 def test_a_mean_has_no_empirical_fisher() -> None:
     probe = vs.Probe(network(False), [(X, VALUES)], vs.Objective(loss=nn.MSELoss()))
     with pytest.raises(
-        ValueError, match=r"one value an image \(B,\), as operator='fisher_empirical'.*pass reduction='none'"
+        ValueError, match=r"one value per image \(B,\), as operator='fisher_empirical'.*pass reduction='none'"
     ):
         vs.hessian_eigenvalues(probe, operator="fisher_empirical")

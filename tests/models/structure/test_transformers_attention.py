@@ -46,7 +46,7 @@ def test_weights_are_those_that_the_model_returns(name: str) -> None:
         assert int((first.queries[..., 0] < 0).sum()) == EXPECTED[name][0]
         assert (first.n_windows, first.query_grid, first.key_grid) == EXPECTED[name][1:]
         read = weights_of(model, units, x)
-        if name.startswith("swin"):  # they return one array a stage, of its last unit
+        if name.startswith("swin"):  # they return one array per stage, of its last unit
             read = [read[0], read[-1]]
         assert len(read) == len(expected)
         for weights, own in zip(read, expected):

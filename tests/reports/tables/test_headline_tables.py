@@ -55,7 +55,7 @@ def build(root: Path, name: str = "models", **options: object) -> cells.Table:
         ({"limit_test_batches": 1.0}, "all test images"),
         ({"limit_test_batches": 0.1}, "a share of 0.1 of the test images"),
         ({"limit_test_batches": 5, "devices": 1}, "at most 320 test images"),
-        ({"limit_test_batches": 5, "devices": 4}, "at most 5 batches of test images a process"),
+        ({"limit_test_batches": 5, "devices": 4}, "at most 5 batches of test images per process"),
     ],
 )
 def test_the_test_images_of_a_run_are_said(trainer: dict[str, object], text: str) -> None:
@@ -271,11 +271,11 @@ def test_fewer_than_three_seeds_print_values_and_no_interval(
 @pytest.mark.parametrize(
     ("counts", "text"),
     [
-        ([1, 1], "One seed a row: its values, no interval"),
-        ([2, 2], "2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
-        ([1, 2], "1 to 2 seeds a row: their values, equal ones once; no interval below 3 seeds"),
-        ([5, 5], "Means over seeds (5 a row), ± half of the 95% t-interval where they differ"),
-        ([2, 5], "Means over seeds (2 to 5 a row), ± half of the 95% t-interval where they differ; fewer than 3 seeds: their "
+        ([1, 1], "One seed per row: values without interval"),
+        ([2, 2], "2 seeds per row: their values, equal ones once; no interval below 3 seeds"),
+        ([1, 2], "1 to 2 seeds per row: their values, equal ones once; no interval below 3 seeds"),
+        ([5, 5], "Means over seeds (5 per row), ± half of the 95% t-interval where they differ"),
+        ([2, 5], "Means over seeds (2 to 5 per row), ± half of the 95% t-interval where they differ; fewer than 3 seeds: their "
                  "values, no interval"),
     ],
 )  # fmt: skip
@@ -289,7 +289,7 @@ def test_the_caption_says_which_images_a_column_of_robustness_used(make_run: Cal
         make_run("vit", seed, measured={"corruption": corruption(0.3, card)}, trainer__limit_test_batches=1,
                  data__eval_batch_size=256)  # fmt: skip
     note = build(tmp_path).note
-    assert note.startswith("2 seeds a row: their values")
+    assert note.startswith("2 seeds per row: their values")
     assert (
         "Robust accuracy (mean over types and severities of corruption): on 16 test images, other ones for each seed where the "
         "split has more. accuracy, NLL, ECE: on at most 256 test images."
@@ -303,12 +303,12 @@ def test_the_caption_says_that_all_runs_used_the_same_images(make_run: Callable,
         make_run("vit", seed, measured={"corruption": corruption(0.3 + 0.1 * seed, card)})
     table = build(tmp_path, "robustness")
     assert "on 10,000 test images, the same for every run. accuracy, NLL, ECE: on all test images." in table.note
-    assert table.note.startswith("Means over seeds (3 a row)")
+    assert table.note.startswith("Means over seeds (3 per row)")
     published = dataclasses.replace(card, options={"root": "/data/CIFAR-100-C", "n_images": 50000})
     make_run("convnet", measured={"corruption": corruption(0.3, published)})
     selection = Selection([e for e in run_index.collect(run_search.every(tmp_path / "runs")) if e.family == "convnet"])
     note = headline_tables.build("robustness", selection, Given()).note
-    assert "on at most 50,000 published images a condition (CIFAR-100-C)." in note
+    assert "on at most 50,000 published images per condition (CIFAR-100-C)." in note
 
 
 def test_what_another_mixer_replaces_is_no_attention(make_run: Callable, tmp_path: Path) -> None:

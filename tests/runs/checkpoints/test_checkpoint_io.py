@@ -232,7 +232,7 @@ def test_a_checkpoint_is_verified_by_what_it_holds(tmp_path: Path) -> None:
     altered = {"epoch": 1, "global_step": float("nan"), "loops": {"a": 0}, "state_dict": one_bit_off}
     for key, value in altered.items():
         torch.save({**stored, key: value}, tmp_path / "altered.ckpt")
-        with pytest.raises(CheckpointError, match="its content is not what was written"):
+        with pytest.raises(CheckpointError, match="its hash differs from the one in manifest.json"):
             checkpoint_io.read(tmp_path / "altered.ckpt")
     torch.save(stored, tmp_path / "again.ckpt")
     assert checkpoint_io.read(tmp_path / "again.ckpt")["global_step"] == 3

@@ -166,11 +166,13 @@ def test_what_was_taken_is_said(tmp_path: Path, capsys, command_messages) -> Non
         return capsys.readouterr().err.strip()
 
     assert message(S) == message({"state_dict": S}) == ""
-    assert "took averages over training steps (state_dict_ema)" in message(of_timm(tmp_path), average=True)
-    assert "took state_dict; ckpt=ema takes the averages (state_dict_ema)" in message(of_timm(tmp_path))
-    assert "took averages over training steps (state_dict under model.*)" in message(of_our_average())
+    assert "loaded the averages over training steps (state_dict_ema)" in message(of_timm(tmp_path), average=True)
+    assert "loaded state_dict; ckpt=ema loads the averages (state_dict_ema)" in message(of_timm(tmp_path))
+    assert "loaded the averages over training steps (state_dict under model.*)" in message(of_our_average())
     taken = message(of_lightning("net."))
-    assert "took 9 weights state_dict under net.*; 2 others are left out: criterion.weight, val_accuracy.total" in taken
+    assert (
+        "loaded 9 weights state_dict under net.*; 2 others are left out: criterion.weight, val_accuracy.total" in taken
+    )
 
 
 def test_files_of_a_path_between_networks_come_in_every_form(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_averages_in_a_command(call, tmp_path: Path, capsys) -> None:
         nll[tag] = result.nll
     assert sorted(nll) == ["end", "end-ema"]
     assert len(set(nll.values())) == 2
-    assert "took averages over training steps (state_dict_ema)" in capsys.readouterr().err
+    assert "loaded the averages over training steps (state_dict_ema)" in capsys.readouterr().err
     torch.save({"state_dict": states[0]}, file)
     assert call("analyze", *options, f"ckpt_path={file}", "ckpt=ema") == 4
     assert "error: ckpt=ema:" in capsys.readouterr().err

@@ -23,9 +23,9 @@ def cost_table(costs: Sequence[PredictedCost]) -> str:
     lines.append(f"together: {together}")
     lines += [f"{cost.name}: unknown: {cost.reason}" for cost in unknown]
     if any(cost.products is not None and cost.products.low < cost.products.high for cost in costs):
-        lines.append("in brackets: the fewest and the most; a search for eigenvalues ends when they are known")
+        lines.append("in brackets: lowest and highest; a search for eigenvalues ends when they have converged")
     if any(cost.seconds is not None for cost in costs):
-        lines.append("result: its arrays before compression; figure, numbers and card come beside it")
+        lines.append("result: size of the arrays before compression, without figure, CSV and card")
     return "\n".join(lines)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vitscope.config import loading, target_allowlist
+from vitscope.config import instantiate, loading, target_allowlist
 from vitscope.config.loading import NODE_KEYS
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
-from vitscope.config.signature_checks import check_node, fits, shown
+from vitscope.config.signature_checks import check_node, fits, shown, type_text
+from vitscope.core.option_checks import check_options
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError
 
@@ -41,6 +42,7 @@ def check_analyses(nodes: Mapping[str, Any]) -> None:
         path = f"analysis.{name}"
         check_node(path, node, extra=(*NODE_KEYS, *_paths_of(path, node)), supplied=_supplied)
         _check_saved(path, node)
+        _check_options(path, node)
         _check_part(f"{path}.probe", node.get("probe"), PROBE_TYPES)
         _check_part(f"{path}.when", node.get("when"), WHEN_TYPES)
         _check_training_images(path, node.get("train"))
@@ -66,8 +68,10 @@ def _check_part(path: str, part: Any, types: Mapping[str, Any]) -> None:
         if key in ("every_n_steps", "at_steps"):
             _check_steps(path, key, value)
         if not fits(value, types[key]):
-            reason = f"not of type {getattr(types[key], '__name__', types[key])}"
-            raise ConfigError(f"{path}.{key}", shown(value), reason, "correct the value")
+            expected = type_text(types[key])
+            raise ConfigError(
+                f"{path}.{key}", shown(value), f"not of type {expected}", f"give {type_text(types[key], words=True)}"
+            )
 
 
 def _supplied(measure: Callable[..., Any]) -> tuple[str, ...]:
@@ -122,6 +126,23 @@ def _paths_of(path: str, node: Any) -> tuple[str, ...]:
         return ()
     measure = target_allowlist.resolve(node["_target_"], path)
     return ("checkpoints",) if "checkpoints" in inspect.signature(measure).parameters else ()
+
+
+def _check_options(path: str, node: Mapping[str, Any]) -> None:
+    """Refuse options that the measure will refuse whatever the network and the images are, before a training that ends in it.
+
+    Raises:
+        ConfigError: with the measure's own words.
+    """
+    measure = target_allowlist.resolve(node["_target_"], path)
+    options = {key: value for key, value in node.items() if key in inspect.signature(measure).parameters}
+    try:
+        check_options(measure, options)
+    except ValueError as error:
+        key, value = instantiate.refused_argument(str(error), node, path)
+        raise ConfigError(
+            key, shown(value), str(error).rstrip("."), f"see the arguments of {node['_target_']}"
+        ) from error
 
 
 def _check_saved(path: str, node: Mapping[str, Any]) -> None:

@@ -69,9 +69,9 @@ def _check_number(key: str, value: Any, value_range: ValueRange | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(key, value, "not a finite number", "give one")
+        raise ConfigError(key, value, "not a finite number", "give a finite number")
     if value_range is not None and not value_range.contains(value):
-        raise ConfigError(key, value, f"not {value_range.expected}", f"give a number {value_range.expected}")
+        raise ConfigError(key, value, f"not {value_range.expected}", f"give a number that is {value_range.expected}")
 
 
 def _ranges_of(node: Mapping[str, Any], path: str) -> Ranges:

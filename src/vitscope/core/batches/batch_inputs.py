@@ -40,7 +40,7 @@ class BatchInputs:
 
     @property
     def cut_tensors(self) -> list[Tensor]:
-        """The tensors that have one row an image."""
+        """The tensors that have one row per image."""
         return [t for t in self.tensors if t.ndim and len(t) == self.n_images]
 
     def __len__(self) -> int:
@@ -87,6 +87,12 @@ def tensors_of(inputs: Any) -> list[Tensor]:
     if isinstance(inputs, BatchInputs):
         return inputs.tensors
     return [inputs] if isinstance(inputs, Tensor) else []
+
+
+def image_shapes(inputs: Inputs) -> str:
+    """Return the shape of one image of a batch in words, ``3 x 224 x 224``; one for each entry with one row an image."""
+    tensors = inputs.cut_tensors if isinstance(inputs, BatchInputs) else [inputs]
+    return ", ".join(" x ".join(map(str, t.shape[1:])) or "scalar" for t in tensors)
 
 
 def images_of(inputs: Inputs, measure: str) -> Tensor:

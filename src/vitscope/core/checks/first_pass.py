@@ -84,14 +84,14 @@ class FirstPass(TorchFunctionMode):
         if self._has_pixels and isinstance(self._x, Tensor):
             texts.append(
                 f"the images of the first batch are whole numbers up to {float(self._x.max()):g} and reach the first layer of "
-                f"{name} as they are: most networks take (x / 255 - mean) / std; disregard this for one that takes 0 to 255"
+                f"{name} as they are: most networks take (x / 255 - mean) / std; ignore this if the network takes 0 to 255"
             )
         if self._kind:
             texts.append(f"the outputs of {name} {self._kind}")
         if coupling := self._coupling():
             texts.append(
-                f"the outputs of {name} for an image depend on the other images of its batch{coupling}; what follows "
-                "holds for batches of this size alone"
+                f"the outputs of {name} for an image depend on the other images of its batch{coupling}; the results "
+                "hold only for batches like these"
             )
         return texts
 
@@ -147,8 +147,8 @@ class FirstPass(TorchFunctionMode):
         if self._loss == "cross_entropy" and output.ndim == 2 and output.data_ptr() in self._identities.values():
             (path, *_) = [path for path, data in self._identities.items() if data == output.data_ptr()]
             return (
-                f"are features, for its classifier {path!r} is an nn.Identity, and loss='cross_entropy' takes them for logits of "
-                f"{output.shape[1]} classes: measure the network with its classifier"
+                f"are features (its classifier {path!r} is an nn.Identity), and loss='cross_entropy' takes them for logits "
+                f"of {output.shape[1]} classes: measure the network with its classifier"
             )
         return ""
 

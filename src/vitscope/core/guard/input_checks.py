@@ -76,7 +76,7 @@ class InputChecks:
         if self.loss == "bce" and n_classes is None and self._highest[0] > 1:
             raise ValueError(
                 f"Expected targets 0 and 1 for one logit an image with loss='bce', received {self._highest[0]} in batch "
-                f"{self._highest[1]}: return one logit a class (B, K)."
+                f"{self._highest[1]}: return one logit per class (B, K)."
             )
         if self.n_classes is None and n_classes is not None:
             self.n_classes = n_classes
@@ -89,7 +89,7 @@ class InputChecks:
             if self.loss == "dense_cross_entropy" and highest == 255:
                 fix = f"mark pixels without a label by {IGNORED_LABEL}, y.masked_fill(y == 255, {IGNORED_LABEL})"
             raise ValueError(
-                f"Expected class indices from 0 to {self.n_classes - 1}, for the model gives {self.n_classes} logits, received "
+                f"Expected class indices from 0 to {self.n_classes - 1}, as the model has {self.n_classes} logits, received "
                 f"{highest} in batch {index}: {fix}."
             )
 

@@ -105,7 +105,7 @@ class Repeatability:
         if self.random:
             warnings.warn(
                 f"the outputs change by {self.difference:.2g} of their size between two passes over the same images in eval "
-                f"mode, first in {', '.join(self.random)}: what follows is one draw of them",
+                f"mode, first in {', '.join(self.random)}: the results hold for one random draw",
                 RandomOutputsWarning,
                 stacklevel=4,
             )
@@ -123,8 +123,8 @@ class RandomOutputsWarning(UserWarning):
 def warn_of_draws(names: Sequence[str]) -> None:
     """Warn of a pass that drew random numbers although those over the first batch did not."""
     warnings.warn(
-        f"a later pass in eval mode drew random numbers, which those over the first batch did not, in {', '.join(names)}: what "
-        "follows is one draw of its outputs",
+        f"a later pass in eval mode drew random numbers, which those over the first batch did not, in {', '.join(names)}: the "
+        "results hold for one random draw",
         RandomOutputsWarning,
         stacklevel=4,
     )

@@ -50,7 +50,7 @@ def check_output(loss: str | Callable[..., Any], output: Any, n_images: int | No
     if loss == "dense_cross_entropy" and (output.ndim < 3 or shape[1] < 2):
         raise ValueError(
             f"Expected a model that returns {form} with C at least 2 and loss={loss!r}, received {shape}: use "
-            "loss='cross_entropy' for one class an image."
+            "loss='cross_entropy' for one class per image."
         )
     return int(shape[1]) if output.ndim >= 2 and shape[1] > 1 else None
 
@@ -80,10 +80,10 @@ def _check_logits(output: Tensor, n_images: int | None) -> None:
     elif output.ndim == 2 and shape[1] == 0:
         fix = "the model has no classifier: build it with num_classes=K"
     elif output.ndim == 2 and n_images not in (None, shape[0]):
-        fix = f"there are {n_images} images: return one row of logits an image"
+        fix = f"there are {n_images} images: return one row of logits per image"
     elif output.ndim != 2:
-        fix = "return one row of logits an image, e.g. pool over positions with .mean((2, 3))"
-        fix += ", or use loss='dense_cross_entropy' for one a pixel" if output.ndim == 4 else ""
+        fix = "return one row of logits per image, e.g. pool over positions with .mean((2, 3))"
+        fix += ", or use loss='dense_cross_entropy' for one per pixel" if output.ndim == 4 else ""
     if fix:
         raise ValueError(f"Expected a model that returns logits (B, K) with K at least 2, received {shape}: {fix}.")
 

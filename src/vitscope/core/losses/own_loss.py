@@ -20,7 +20,7 @@ from vitscope.core.guard import probe_guard
 from vitscope.core.guard.fingerprints import fingerprint
 from vitscope.core.losses.targets import labeled
 
-#: from outputs and targets to one value an image ``(B,)``, or to their mean (a scalar)
+#: from outputs and targets to one value per image ``(B,)``, or to their mean (a scalar)
 OwnLoss = Callable[[Any, Tensor], Tensor]
 
 #: exceptions that a loss function raises for outputs or targets that it does not take
@@ -56,7 +56,7 @@ def values_of(loss: OwnLoss, outputs: Any, y: Tensor) -> Tensor:
     if not (is_mean or is_of_images) or not values.is_floating_point():
         kind = str(values.dtype).removeprefix("torch.")
         raise ValueError(
-            f"Expected loss(outputs, targets) to return one floating-point value an image ({len(y)},), or their mean, received "
+            f"Expected loss(outputs, targets) to return one floating-point value per image ({len(y)},), or their mean, received "
             f"{kind} {tuple(values.shape)}: take the mean over the other axes, e.g. .flatten(1).mean(1)."
         )
     return values
@@ -78,7 +78,7 @@ def reduced(loss: OwnLoss, outputs: Any, y: Tensor, reduction: str) -> Tensor:
     if values.ndim == 0:
         if reduction == "none":
             raise ValueError(
-                "Expected a loss that returns one value an image (B,), as operator='fisher_empirical' and measures of single "
+                "Expected a loss that returns one value per image (B,), as operator='fisher_empirical' and measures of single "
                 "images need, received one that returns their mean: pass reduction='none' to it."
             )
         if reduction == "mean":
@@ -131,7 +131,7 @@ def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
     if abs(whole - total) > 1e3 * torch.finfo(outputs.dtype).eps * size:
         raise ValueError(
             f"Expected a loss that is a mean over images, received {described(loss)}, whose sum over {len(y)} images is "
-            f"{whole:.6g} at once and {total:.6g} in two parts: return one value an image (B,), which depends on "
+            f"{whole:.6g} at once and {total:.6g} in two parts: return one value per image (B,), which depends on "
             "that image alone."
         )
 

@@ -16,13 +16,13 @@ def check_classes(probe: Probe, measure: str) -> None:
     """
     if probe.objective.loss != "cross_entropy":
         raise ValueError(
-            f"{measure} needs logits (B, K) and one class an image, loss='cross_entropy', received {_name(probe)}: if the "
+            f"{measure} needs logits (B, K) and one class per image, loss='cross_entropy', received {_name(probe)}: if the "
             "outputs are such logits, pass Probe(model, batches, Objective())."
         )
 
 
 def class_loss(probe: Probe) -> str:
-    """Return the loss that the card of a measure states which gives the negative log likelihood of one class an image.
+    """Return the loss that the card of a measure states which gives the negative log likelihood of one class per image.
 
     Such a measure smooths no label, whatever the objective does, and takes the most probable class of soft targets.
     """
@@ -46,7 +46,7 @@ def check_images(probe: Probe, measure: str) -> None:
 
 
 def check_image_losses(probe: Probe, measure: str) -> None:
-    """Check that the loss gives one value an image, and that images weigh alike.
+    """Check that the loss gives one value per image, and that images weigh alike.
 
     Raises:
         ValueError: a callable that returns a mean, or dense targets with pixels that have no label.
@@ -66,7 +66,7 @@ def check_image_losses(probe: Probe, measure: str) -> None:
         x, y = next(probe.iter_batches())
         if values_of(loss, model(x), y).ndim == 0:
             raise ValueError(
-                f"{measure} compares the losses of images and needs one value an image (B,), received {_name(probe)}, which "
+                f"{measure} compares the losses of images and needs one value per image (B,), received {_name(probe)}, which "
                 "returns their mean: pass reduction='none' to it."
             )
 

@@ -41,7 +41,7 @@ def check_targets(loss: str | Callable[..., Any], index: int, n_images: int, y: 
         expected = f"Expected class indices (B,) or soft targets (B, K) in batch {index}, received {received}"
         if y.ndim not in (1, 2):
             raise ValueError(
-                f"{expected}: give one class index an image, or use loss='dense_cross_entropy' for one a pixel."
+                f"{expected}: give one class index per image, or use loss='dense_cross_entropy' for one per pixel."
             )
     else:
         expected = f"Expected targets of loss={loss!r} in batch {index}, received {received}"
@@ -77,8 +77,8 @@ def _check_indices(expected: str, index: int, y: Tensor) -> int:
 
 def _check_dense(expected: str, index: int, y: Tensor) -> int:
     if y.ndim < 2 or y.dtype not in _INTEGERS:
-        fix = "y.argmax(1) of one-hot maps" if y.ndim > 1 else "loss='cross_entropy' takes one an image"
-        raise ValueError(f"{expected}: give one class index a pixel (B, H, W); {fix}.")
+        fix = "y.argmax(1) of one-hot maps" if y.ndim > 1 else "loss='cross_entropy' takes one per image"
+        raise ValueError(f"{expected}: give one class index per pixel (B, H, W); {fix}.")
     return _check_indices(expected, index, y.reshape(-1))
 
 
@@ -91,7 +91,7 @@ def _check_soft(expected: str, y: Tensor) -> None:
             f"{expected}: one-hot targets become class indices by y.argmax(1), or soft targets by y.float(); several classes "
             "an image need loss='bce'."
         )
-    others = "use loss='mse' for values to predict, or loss='bce' for several classes an image"
+    others = "use loss='mse' for values to predict, or loss='bce' for several classes per image"
     if not bool((y >= 0).all()) or not bool(y.isfinite().all()):
         raise ValueError(
             f"{expected} with negative or infinite values or NaN: each row is a distribution, at least 0; {others}."

@@ -1,4 +1,4 @@
-"""The base class of results: what every measure's numbers can do beside being read."""
+"""Base class of results: tables, files, comparison and texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tidy tables of results: a row a number, with its coordinates."""
+"""Tidy tables of results: one row per number, with its coordinates."""
 
 from __future__ import annotations
 

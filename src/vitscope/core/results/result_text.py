@@ -49,10 +49,11 @@ def result_facts(result: Any) -> dict[str, str]:
 
 def images_text(card: ObjectiveCard) -> str:
     """Return the images of a measurement in one line."""
+    shape = "" if card.input_shape == "unknown" else f" ({card.input_shape})"
     data = "" if card.data == "unknown" else f" of {card.data}"
     split = "" if card.split == "unknown" else f", {card.split} split"
     augmentation = "" if card.augmentation in ("unknown", "none") else f", augmentation {card.augmentation}"
-    return f"{card.n_images:,} images{data}{split}{augmentation}"
+    return f"{card.n_images:,} images{shape}{data}{split}{augmentation}"
 
 
 def card_objective_text(card: ObjectiveCard) -> str:

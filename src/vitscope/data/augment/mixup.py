@@ -79,7 +79,7 @@ def mix(
         smoothed one-hot targets.
 
     Raises:
-        ValueError: `y` is not one class index an image, or an image has no label.
+        ValueError: `y` is not one class index per image, or an image has no label.
     """
     if y.ndim != 1 or len(y) != len(x) or y.is_floating_point():
         raise ValueError(f"Expected {len(x)} class indices, received {y.dtype} of shape {tuple(y.shape)}.")

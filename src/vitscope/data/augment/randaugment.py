@@ -3,7 +3,7 @@
 Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space" (NeurIPS 2020),
 with timm's choices: 15 operations, each of the chosen ones applied with probability 0.5, magnitude drawn from a
 normal distribution and clipped, random sign, bilinear or bicubic at random, fill with the mean color. The
-images of a batch are grouped by operation, so the cost is a few array operations a batch, not a call an image.
+images of a batch are grouped by operation, so the cost is a few array operations per batch, not a call an image.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Loaders of image data sets, one module a data set family."""
+"""Loaders of image data sets, one module per family of data sets."""

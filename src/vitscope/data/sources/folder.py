@@ -1,4 +1,4 @@
-"""`folder` and `imagenet`: images in one folder a class.
+"""`folder` and `imagenet`: images in one folder per class.
 
 The folders of the splits are known by their names, capitals or not: `train` or `training`; `val`, `valid`, `validation` or
 `dev`; `test`, `testing` or `eval`. Splits that have no folder of their own:

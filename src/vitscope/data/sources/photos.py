@@ -1,4 +1,4 @@
-"""`photos`: which of 16 real photographs is this 32x32 crop from?
+"""`photos`: gray 32x32 crops of 16 photographs; the class of a crop is its photograph.
 
 The photographs are files of the scikit-image and scikit-learn wheels, so nothing is ever downloaded. Each is
 cut in three vertical regions before anything else happens: train (left 55%), validation (next 15%) and test

@@ -175,7 +175,12 @@ def evaluated(
             )
         (gradient,) = torch.autograd.grad(value.sum(), change)  # images do not see each other
     if not bool(torch.isfinite(gradient).all()):
-        raise NumericalError("analysis.adversarial", None, "gradients are not finite", "look at the weights")
+        raise NumericalError(
+            "analysis.adversarial",
+            None,
+            "gradients are not finite",
+            "measure a checkpoint from before the training diverged",
+        )
     logits = logits.detach()
     blind = gradient.abs().amax(dim=(1, 2, 3)) == 0
     result = AttackResult(change.detach(), log_odds(logits, labels), logits.argmax(dim=1) == labels, blind)
@@ -194,7 +199,12 @@ def looked_at(
 
 def _finite(logits: Tensor) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
-        raise NumericalError("analysis.adversarial", None, "logits are not finite", "look at the weights")
+        raise NumericalError(
+            "analysis.adversarial",
+            None,
+            "logits are not finite",
+            "measure a checkpoint from before the training diverged",
+        )
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"Expected logits of shape (images, classes) of two classes or more, received {tuple(logits.shape)}."

@@ -19,6 +19,7 @@ from vitscope.core.losses.requirements import check_classes, check_images, class
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -28,7 +29,7 @@ from vitscope.diagnostics.adversarial._losses import LOSSES
 from vitscope.diagnostics.adversarial._suite import ATTACKS, SUITE, Images, Settings, attacked
 from vitscope.runtime import stop_flag
 from vitscope.runtime.resumable_map import map_resumably
-from vitscope.runtime.value_ranges import PositiveFloat, PositiveInt, Seed
+from vitscope.runtime.value_ranges import NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 from vitscope.stats.intervals import share_interval
 
 #: a gray level in pixels of [0, 1]
@@ -88,13 +89,40 @@ class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attack
         return values
 
 
+def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, loss: str) -> None:
+    unknown = [attack for attack in attacks if attack not in ATTACKS]
+    if isinstance(attacks, str) or unknown or not attacks:
+        received = repr(attacks if isinstance(attacks, str) else unknown[0]) if attacks else "none"
+        raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
+    if len(set(attacks)) < len(attacks):
+        raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")
+    for name, value, allowed_values in (("norm", norm, NORMS), ("loss", loss, tuple(LOSSES))):
+        if value not in allowed_values:
+            raise ValueError(f"Expected {name} to be one of {', '.join(allowed_values)}, received {value!r}.")
+    if not epsilons or any(not 0 <= epsilon < np.inf for epsilon in epsilons):
+        raise ValueError(f"Expected epsilons of at least 0, received {list(epsilons)}.")
+
+
+def _check_searches(steps: int, restarts: int, iterations: int, n_targets: int, queries: int, step_size: float) -> None:
+    numbers = {
+        "steps": steps, "restarts": restarts, "iterations": iterations, "n_targets": n_targets, "queries": queries,
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"Expected {name} of at least 1, received {value}.")
+    if not 0 < step_size < np.inf:
+        raise ValueError(f"Expected step_size above 0, received {step_size}.")
+
+
 @declares_cost(attack_cost)
 @record_options
+@checks_options(_check)
+@checks_options(_check_searches)
 def adversarial(
     probe: Probe,
     *,
     attacks: Sequence[str] = ("fgsm", "pgd"),
-    epsilons: Sequence[float] = (1, 2, 4, 8),
+    epsilons: Sequence[NonNegativeFloat] = (1, 2, 4, 8),
     norm: Norm = "linf",
     loss: str = "ce",
     steps: PositiveInt = 20,
@@ -147,7 +175,6 @@ def adversarial(
     check_classes(probe, "adversarial")
     check_images(probe, "adversarial")
     settings = Settings(loss, steps, step_size, restarts, iterations, n_targets, queries)
-    _check(attacks, epsilons, norm, settings)
     pixels = pixels_of(probe, mean, std)
     conditions = [(attack, float(epsilon)) for attack in attacks for epsilon in epsilons]
     # one type for all: gray levels are no longer told apart in half precision
@@ -255,24 +282,3 @@ def _warn_blind(conditions: Sequence[tuple[str, float]], blind: np.ndarray) -> N
             RuntimeWarning,
             stacklevel=4,
         )
-
-
-def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, settings: Settings) -> None:
-    unknown = [attack for attack in attacks if attack not in ATTACKS]
-    if isinstance(attacks, str):
-        raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {attacks!r}.")
-    if unknown or not attacks:
-        received = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
-    if len(set(attacks)) < len(attacks):
-        raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")
-    for name, value, allowed_values in (("norm", norm, NORMS), ("loss", settings.loss, tuple(LOSSES))):
-        if value not in allowed_values:
-            raise ValueError(f"Expected {name} to be one of {', '.join(allowed_values)}, received {value!r}.")
-    if not epsilons or any(not 0 <= epsilon < np.inf for epsilon in epsilons):
-        raise ValueError(f"Expected epsilons of at least 0, received {list(epsilons)}.")
-    for name in ("steps", "restarts", "iterations", "n_targets", "queries"):
-        if (value := getattr(settings, name)) < 1:
-            raise ValueError(f"Expected {name} of at least 1, received {value}.")
-    if not 0 < settings.step_size < np.inf:
-        raise ValueError(f"Expected step_size above 0, received {settings.step_size}.")

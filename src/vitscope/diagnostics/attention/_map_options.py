@@ -38,6 +38,14 @@ class MapOptions:
     class_index: int | None
 
 
+def check_choices(layers: Sequence[int | str] | None, heads: Sequence[int] | None) -> None:
+    """Raise ValueError where no layer or no head is chosen; None stands for all."""
+    if layers is not None and not layers:
+        raise ValueError("Expected at least one layer, received none; pass layers=[-1] for the last.")
+    if heads is not None and not heads:
+        raise ValueError("Expected at least one head, received none; pass heads=[0].")
+
+
 def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | None) -> list[int]:
     """Return the places of the chosen layers in ``units``, by depth.
 
@@ -46,7 +54,7 @@ def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | 
         layers: names, or numbers from 0, negative ones from the end; None for all.
 
     Raises:
-        ValueError: none is chosen, or one that is not there.
+        ValueError: one that is not there.
     """
     if layers is None or not units:
         return list(range(len(units)))
@@ -62,8 +70,6 @@ def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | 
                 f"Expected layers as numbers below {len(units)} or names such as {names[-1]!r}, received {layer!r}; pass "
                 f"layers=[{len(units) - 1}]."
             )
-    if not places:
-        raise ValueError(f"Expected at least one layer, received none; pass layers=[{len(units) - 1}].")
     return sorted(places)
 
 
@@ -75,12 +81,10 @@ def chosen_heads(units: Sequence[AttentionUnit], heads: Sequence[int] | None) ->
         heads: numbers from 0; None for all of each unit.
 
     Raises:
-        ValueError: none is chosen, or one that a unit does not have.
+        ValueError: one that a unit does not have.
     """
     if heads is None:
         return [list(range(unit.n_heads)) for unit in units]
-    if not heads:
-        raise ValueError("Expected at least one head, received none; pass heads=[0].")
     for unit in units:
         unknown = [head for head in heads if not (isinstance(head, int) and 0 <= head < unit.n_heads)]
         if unknown:

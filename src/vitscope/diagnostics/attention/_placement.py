@@ -15,11 +15,23 @@ _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
 Query = str | Sequence[float]
 
 
+def check_query(query: Query) -> None:
+    """Raise ValueError where a query has another form than a word or the row and column of a pixel."""
+    is_pixel = isinstance(query, Sequence) and not isinstance(query, str) and len(query) == 2
+    if query not in ("auto", "class", "mean") and not (
+        is_pixel and all(isinstance(side, int | float) for side in query)
+    ):
+        raise ValueError(
+            f"Expected query to be 'auto', 'class', 'mean' or the row and column of a pixel, received {query!r}; pass "
+            "query=[112, 112]."
+        )
+
+
 def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Query) -> Query:
     """Return the query that is drawn: ``auto`` is the class token where all units have it, else the mean.
 
     Raises:
-        ValueError: a query of another form, or a class token that some unit does not have.
+        ValueError: a class token that some unit does not have.
     """
     has_class = any(isinstance(getattr(m, name, None), Tensor) for m in model.modules() for name in _CLASS_TOKENS)
     lacking = [unit.name for unit in units if not has_class or not len(unit.prefix_queries)]
@@ -29,12 +41,6 @@ def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Quer
         raise ValueError(
             f"Expected a class token for query='class', received {lacking[0]!r} without one; pass query='mean' or the pixel of a "
             "position."
-        )
-    is_pixel = isinstance(query, Sequence) and not isinstance(query, str) and len(query) == 2
-    if query not in ("class", "mean") and not (is_pixel and all(isinstance(side, int | float) for side in query)):
-        raise ValueError(
-            f"Expected query to be 'auto', 'class', 'mean' or the row and column of a pixel, received {query!r}; pass "
-            "query=[112, 112]."
         )
     return query
 

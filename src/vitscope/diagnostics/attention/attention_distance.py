@@ -38,11 +38,11 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         depths: (n_units,) from 0 to 1, among all units of the model.
         n_heads: (n_units,).
         n_keys: (n_units,) keys of a query, class tokens included.
-        distance: (n_units, n_heads) one array a unit: pixels.
+        distance: (n_units, n_heads) one array per unit: pixels.
         distance_half_width: (n_units, n_heads) likewise, half their t-intervals over images; NaN with fewer than 128 images.
-        entropy: (n_units, n_heads) one array a unit: nats, at most ln(n_keys).
+        entropy: (n_units, n_heads) one array per unit: nats, at most ln(n_keys).
         entropy_half_width: (n_units, n_heads) likewise.
-        off_map: (n_units, n_heads) one array a unit: share of attention on keys without a place (class tokens, padding).
+        off_map: (n_units, n_heads) one array per unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or over windows that are not shifted, would give.
         n_images: images used.
         card: conditions of the measurement.
@@ -210,7 +210,7 @@ def _reasons_unread(units: Sequence[Unit], read: Sequence[int], repeated: Collec
     reasons = {}
     for i, unit in enumerate(units):
         if i in repeated:
-            reasons[unit.name] = "its module computes attention several times an image, left out"
+            reasons[unit.name] = "its module computes attention several times per image, left out"
         elif i not in read:
             reasons[unit.name] = "its attention weights cannot be read, left out"
     return reasons
@@ -220,7 +220,7 @@ def _causes_of_none(units: Sequence[Unit], repeated: Collection[int]) -> str:
     """Return why no unit was read, as the end of an error; arguments as of `_reasons_unread`."""
     causes = ""
     if repeated:
-        causes += "; their modules compute attention several times an image"
+        causes += "; their modules compute attention several times per image"
     names = [unit.name for unit in units if unit.attention is None]
     if names:
         others = f" and {len(names) - 1} more units" if len(names) > 1 else ""

@@ -13,13 +13,20 @@ from vitscope.core.cost.measure_cost import Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimate_lists
 from vitscope.core.undefined_values import warn_nulls
-from vitscope.diagnostics.attention._map_options import MapOptions, chosen_heads, chosen_layers, object_masks
+from vitscope.diagnostics.attention._map_options import (
+    MapOptions,
+    check_choices,
+    chosen_heads,
+    chosen_layers,
+    object_masks,
+)
 from vitscope.diagnostics.attention._map_sums import MapSums
-from vitscope.diagnostics.attention._placement import Query, resolved_query
+from vitscope.diagnostics.attention._placement import Query, check_query, resolved_query
 from vitscope.diagnostics.attention._rollout import rollout_refusal
 from vitscope.diagnostics.attention._shown_images import shown_images
 from vitscope.models.structure.attention_units import AttentionUnit, attention_units_of
@@ -39,7 +46,7 @@ class AttentionMapsResult(
 ):
     """Maps of the first images, and means over all images of the probe; half widths belong to 95% t-intervals over images.
 
-    Arrays of layers are a tuple of one array a layer where these have different numbers of heads or positions. A network
+    Arrays of layers are a tuple of one array per layer where these have different numbers of heads or positions. A network
     without attention has no layers.
 
     Attributes:
@@ -141,6 +148,8 @@ def _shown_images(workload: Workload, options: Options) -> int:
 @declares_cost(feature_pass_cost(accumulate, further_images=_shown_images))
 @shares_pass(accumulate)
 @record_options
+@checks_options(check_query)
+@checks_options(check_choices)
 def attention_maps(
     probe: Probe,
     *,
@@ -153,7 +162,7 @@ def attention_maps(
     class_index: NonNegativeInt | None = None,
     masks: Any = None,
 ) -> AttentionMapsResult:
-    """Return attention maps of the first images, and what they show on all images, from explicit attention weights.
+    """Return attention maps of the first images, and statistics over all images, from explicit attention weights.
 
     A map is the attention of one query on each position of the keys: windows are put back in place, shifted ones are unrolled,
     and keys of a coarser grid keep it. Rollout is the product over layers of ``0.5 A + 0.5 I``, A the mean over heads (Abnar and

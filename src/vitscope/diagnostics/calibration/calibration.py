@@ -1,4 +1,4 @@
-"""Whether a model's confidence can be believed: likelihood, Brier score, calibration errors, temperature scaling."""
+"""Calibration of a model's confidence: likelihood, Brier score, calibration errors, temperature scaling."""
 
 from __future__ import annotations
 

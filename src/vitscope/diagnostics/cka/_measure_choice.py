@@ -19,15 +19,18 @@ DEFAULT_FEATURES: dict[str, FeatureName] = {
 }  # fmt: skip
 
 
-def check_measures(
-    probe: Probe, measure: str | Sequence[str], features: str | None, n_neighbors: int
-) -> tuple[str, ...]:
-    """Return the names of the measures; the arguments are those of `vitscope.similarity`.
+def measure_names(measure: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of one or several measures."""
+    return (measure,) if isinstance(measure, str) else tuple(measure)
+
+
+def check_choice(measure: str | Sequence[str], features: str | None) -> None:
+    """Check two arguments of `vitscope.similarity`.
 
     Raises:
-        ValueError: an unknown measure or kind of features, or too few images for them.
+        ValueError: an unknown measure, none, one twice, or an unknown kind of features.
     """
-    measures = (measure,) if isinstance(measure, str) else tuple(measure)
+    measures = measure_names(measure)
     names = ", ".join(DEFAULT_FEATURES)
     for name in measures:
         if str(name).lower() == "rtd":
@@ -41,6 +44,10 @@ def check_measures(
         raise ValueError(f"Expected different measures out of {names}, received {list(measures)}.")
     if features not in (None, "pooled", "flattened"):
         raise ValueError(f"Expected features to be 'pooled', 'flattened' or None, received {features!r}.")
+
+
+def check_number_of_images(probe: Probe, measures: Sequence[str], n_neighbors: int) -> None:
+    """Raise ValueError where a probe has too few images for the measures."""
     if set(measures) != {"cka"} and probe.n_images < MIN_IMAGES:
         raise ValueError(f"Expected at least {MIN_IMAGES} images, received {probe.n_images}.")
     n = probe.n_images
@@ -50,4 +57,3 @@ def check_measures(
             f"Expected n_neighbors from 1 to below {others}, the other images, received {n_neighbors}: "
             f"use n_neighbors={max(1, min(10, others // 4))}, or more images."
         )
-    return measures

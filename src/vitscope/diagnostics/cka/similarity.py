@@ -13,6 +13,7 @@ from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap
@@ -21,7 +22,14 @@ from vitscope.diagnostics.cka._batch_hsic import BatchHsic
 from vitscope.diagnostics.cka._comparison_cost import comparison_cost
 from vitscope.diagnostics.cka._comparisons import COMPARISONS, Pair
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram
-from vitscope.diagnostics.cka._measure_choice import DEFAULT_FEATURES, FeatureName, MeasureName, check_measures
+from vitscope.diagnostics.cka._measure_choice import (
+    DEFAULT_FEATURES,
+    FeatureName,
+    MeasureName,
+    check_choice,
+    check_number_of_images,
+    measure_names,
+)
 from vitscope.diagnostics.cka._null_reasons import missing_intervals, undefined_taps
 from vitscope.diagnostics.cka._representations import (
     FeatureStore,
@@ -132,13 +140,15 @@ def accumulate(
 ) -> _Sums:
     """Return what `similarity` within one model keeps between batches; arguments and errors are its own."""
     probe.check_taps()
-    measures = check_measures(probe, measure, features, n_neighbors)
+    measures = measure_names(measure)
+    check_number_of_images(probe, measures, n_neighbors)
     return _Sums(probe, None, measures, features, n_neighbors, n_permutations, max_memory, seed)
 
 
 @declares_cost(feature_pass_cost(accumulate, evaluation=comparison_cost))
 @shares_pass(accumulate)
 @record_options
+@checks_options(check_choice)
 def similarity(
     probe: Probe,
     other: Probe | None = None,
@@ -186,7 +196,8 @@ def similarity(
     """
     for each in (probe, other or probe):
         each.check_taps()
-    measures = check_measures(probe, measure, features, n_neighbors)
+    measures = measure_names(measure)
+    check_number_of_images(probe, measures, n_neighbors)
     sums = _Sums(probe, other, measures, features, n_neighbors, n_permutations, max_memory, seed)
     if other is None:
         run_feature_pass(probe, [sums], "similarity")

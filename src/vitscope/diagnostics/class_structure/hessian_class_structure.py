@@ -20,7 +20,7 @@ from vitscope.diagnostics.class_structure._cost import class_structure_cost, n_l
 from vitscope.diagnostics.class_structure._gauss_newton import measure_gauss_newton
 from vitscope.diagnostics.class_structure._hessian_outliers import find_hessian_outliers
 from vitscope.linalg.curvature.curvature_options import CurvatureArguments, CurvatureOptions, curvature_arguments
-from vitscope.runtime.value_ranges import NonNegativeInt, PositiveInt
+from vitscope.runtime.value_ranges import IntAboveOneOrNone, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def hessian_class_structure(
     probe: Probe,
     *,
     k: PositiveInt | None = None,
-    n_splits: NonNegativeInt = 2,
+    n_splits: IntAboveOneOrNone = 2,
     n_vectors: PositiveInt = 20,
     **curvature: Unpack[CurvatureArguments],
 ) -> HessianClassStructureResult:

@@ -1,4 +1,4 @@
-"""The published data sets as they lie on disk: CIFAR-10-C and CIFAR-100-C arrays, ImageNet-C folders."""
+"""The published data sets on disk: CIFAR-10-C and CIFAR-100-C arrays, ImageNet-C folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Arrays:
             raise DataError(KEY, self.root, what, "unpack CIFAR-10-C or CIFAR-100-C again")
         n = len(pixels) // 5
         if len(labels) not in (n, 5 * n):
-            what = f"labels.npy holds {len(labels)} labels for {n} images a severity"
+            what = f"labels.npy holds {len(labels)} labels for {n} images per severity"
             raise DataError(KEY, self.root, what, "unpack it again")
         for part in _spread(n, self.n_images, batch_size):
             yield np.asarray(pixels[(severity - 1) * n + part]), np.asarray(labels[part]).astype(np.int64)

@@ -18,14 +18,14 @@ class Baseline(NamedTuple):
     clean: float | None
 
 
-def alexnet(data: str, types: Sequence[str], severities: Sequence[int]) -> Baseline:
-    """Return AlexNet's published errors.
+def check_baseline(baseline: str) -> None:
+    """Raise ValueError where a baseline is neither a data set with published errors of AlexNet nor ``auto`` or ``none``."""
+    if baseline not in ("auto", "none", *ALEXNET):
+        raise ValueError(f"Expected baseline to be auto, none, {', '.join(ALEXNET)}, received {baseline!r}.")
 
-    Raises:
-        ValueError: a data set without published errors.
-    """
-    if data not in ALEXNET:
-        raise ValueError(f"Expected baseline to be auto, none, {', '.join(ALEXNET)}, received {data!r}.")
+
+def alexnet(data: str, types: Sequence[str], severities: Sequence[int]) -> Baseline:
+    """Return AlexNet's published errors on one of the data sets that have them."""
     table = ALEXNET[data]
     nan = (np.nan,) * 5
     error = np.array([[table.get(name, nan)[severity - 1] for severity in severities] for name in types])

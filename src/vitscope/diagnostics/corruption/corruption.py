@@ -14,6 +14,7 @@ from vitscope.core.input_normalization import pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -21,7 +22,13 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.corruption._archives import archive
 from vitscope.diagnostics.corruption._baselines import ALEXNET
 from vitscope.diagnostics.corruption._conditions import CLEAN, CORRUPTED_IMAGES, measured, type_names
-from vitscope.diagnostics.corruption._scores import Baseline, alexnet, corruption_errors, relative_errors
+from vitscope.diagnostics.corruption._scores import (
+    Baseline,
+    alexnet,
+    check_baseline,
+    corruption_errors,
+    relative_errors,
+)
 from vitscope.diagnostics.corruption._severity_table import COMMON, SEVERITIES
 from vitscope.runtime.value_ranges import PositiveInt, Seed
 
@@ -109,8 +116,16 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
     return MeasureCost(works, result_bytes=ENTRY * (2 * n_severities + n_types + 3 * n_conditions))
 
 
+def _check(types: str | Sequence[str], severities: Sequence[int], baseline: str) -> None:
+    type_names(types)
+    check_baseline(baseline)
+    if not severities or not set(severities) <= set(SEVERITIES):
+        raise ValueError(f"Expected severities from 1 to 5, received {list(severities)}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def corruption(
     probe: Probe,
     *,
@@ -153,8 +168,6 @@ def corruption(
     check_classes(probe, "corruption")
     check_images(probe, "corruption")
     names = type_names(types)
-    if not severities or not set(severities) <= set(SEVERITIES):
-        raise ValueError(f"Expected severities from 1 to 5, received {list(severities)}.")
     source = archive(root, names, n_images, probe.about.get("class_names")) if root is not None else None
     conditions = [CLEAN, *((name, severity) for name in names for severity in severities)]
     shape = (len(names), len(severities))

@@ -75,7 +75,7 @@ def judge(
     if decrease > limits.stationary:
         return "not stationary", reasons
     if _curvature(last) <= limits.flat:
-        return "inconclusive", ("the Hessian is zero within rounding: it says nothing", *reasons)
+        return "inconclusive", ("the Hessian is zero within rounding: there is no verdict", *reasons)
     if low < -residual:
         if drop > 0:
             return "saddle", reasons

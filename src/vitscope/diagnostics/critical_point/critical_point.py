@@ -1,4 +1,4 @@
-"""Is the end of training a minimum or a saddle, and of which objective?"""
+"""Kind of the point at which training ended: a minimum, a saddle or neither, for the stated objective."""
 
 from __future__ import annotations
 

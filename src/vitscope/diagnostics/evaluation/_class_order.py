@@ -1,4 +1,4 @@
-"""Whether a network answers right, but under other numbers of the classes than those of the labels."""
+"""Check whether a network numbers the classes otherwise than the labels do."""
 
 from __future__ import annotations
 

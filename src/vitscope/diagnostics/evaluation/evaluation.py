@@ -17,6 +17,7 @@ from vitscope.core.losses.requirements import check_classes, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.diagnostics.evaluation._class_order import warn_of_other_order
@@ -75,8 +76,14 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     return MeasureCost(works)
 
 
+def _check(classes: str | Sequence[int | str]) -> None:
+    if not classes or (isinstance(classes, str) and classes not in CHOICES):
+        raise ValueError(f"Expected classes to be {', '.join(CHOICES)} or a list, received {classes!r}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def evaluation(probe: Probe, *, classes: Choice | Sequence[int | str] = "all") -> EvaluationResult:
     """Evaluate a model on the probe's images.
 
@@ -134,8 +141,6 @@ def _chosen(probe: Probe, classes: str | Sequence[int | str], n_logits: int) -> 
             warnings.warn(f"evaluation: {what}; classes=present masks the others", stacklevel=3)
     elif classes == "present":
         class_indices = list(present or _seen(probe))
-    elif isinstance(classes, str):
-        raise ValueError(f"Expected classes to be {', '.join(CHOICES)} or a list, received {classes!r}.")
     else:
         class_indices = [names.index(c) if c in names else c for c in classes]
     bad = [c for c in class_indices if not isinstance(c, int) or not 0 <= c < n_logits]

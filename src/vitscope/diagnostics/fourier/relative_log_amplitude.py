@@ -29,7 +29,7 @@ from vitscope.stats.intervals import Estimate, check_level, few_images
 class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequency": "normalized_frequency"}):
     """Spectra of the feature maps after each unit; natural logarithms, frequencies in units of pi.
 
-    Tuples hold one array a tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
+    Tuples hold one array per tap, of ``n_bins`` entries, the constant part (frequency 0) first. NaN is null.
 
     Attributes:
         taps: (n_taps) names in the order of the forward pass.
@@ -106,7 +106,7 @@ def accumulate(
 
 
 def _result_bytes(workload: Workload, options: Options) -> float | None:
-    """Return the bytes of stages, depths, sizes, six numbers a tap and six curves over its bins."""
+    """Return the bytes of stages, depths, sizes, six numbers per tap and six curves over its bins."""
     if workload.map_sizes is None:
         return None
     n_bins = [len(frequencies(size, str(options["path"]))) for size in workload.map_sizes]
@@ -119,7 +119,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 def relative_log_amplitude(
     probe: Probe, *, path: SpectrumPath = "diagonal", level: OpenUnitInterval = 0.95, eps: NonNegativeFloat = EPS
 ) -> RelativeLogAmplitudeResult:
-    """Measure the relative log amplitude of the feature maps at every tap, in one forward pass a batch.
+    """Measure the relative log amplitude of the feature maps at every tap, in one forward pass per batch.
 
     The paper's definition (section 2 and its official notebook): log(|FFT2| + eps) of each map, mean over images and
     channels after the logarithm, along the half diagonal of the centered spectrum, minus its value at frequency 0.

@@ -14,6 +14,7 @@ from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, decl
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -113,14 +114,25 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     return MeasureCost([changed_evaluations(workload, n_changes), *guard_checks(workload)])
 
 
+def _check(n_bands: int, rms: float, curve_rms: Sequence[float], construction: str) -> None:
+    if construction not in CONSTRUCTIONS:
+        raise ValueError(f"Expected construction to be one of {', '.join(CONSTRUCTIONS)}, received {construction!r}.")
+    least = 2 if construction == "official" else 1
+    if n_bands < least:
+        raise ValueError(f"Expected n_bands to be at least {least}, received {n_bands}.")
+    if not all(0 < scale < float("inf") for scale in (rms, *curve_rms)):
+        raise ValueError(f"Expected every rms to be finite and above 0, received {[rms, *curve_rms]}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def frequency_noise_robustness(
     probe: Probe,
     *,
     n_bands: PositiveInt = 10,
     rms: PositiveFloat = 0.1,
-    curve_rms: Sequence[float] = (),
+    curve_rms: Sequence[PositiveFloat] = (),
     construction: Construction = "equal_rms",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -158,7 +170,6 @@ def frequency_noise_robustness(
     del mean
     check_level(level)
     scales = sorted({float(rms), *map(float, curve_rms)})
-    _check(n_bands, scales, construction)
     x, _ = next(iter(probe.batches))
     h, w = int(x.shape[-2]), int(x.shape[-1])
     bands = _Bands(h, w, n_bands, construction)
@@ -218,16 +229,6 @@ class _Bands:
     def noise(self, white: Tensor, band: int) -> Tensor:
         """Return the band's noise at scale 1."""
         return official_noise(white, self.masks[band]) if self.official else band_noise(white, self.masks[band])
-
-
-def _check(n_bands: int, scales: Sequence[float], construction: str) -> None:
-    if construction not in CONSTRUCTIONS:
-        raise ValueError(f"Expected construction to be one of {', '.join(CONSTRUCTIONS)}, received {construction!r}.")
-    least = 2 if construction == "official" else 1
-    if n_bands < least:
-        raise ValueError(f"Expected n_bands to be at least {least}, received {n_bands}.")
-    if not all(0 < scale < float("inf") for scale in scales):
-        raise ValueError(f"Expected every rms to be finite and above 0, received {scales}.")
 
 
 def _result(

@@ -13,6 +13,7 @@ from vitscope.core.cost.measure_cost import ENTRY, MeasureCost, Options, Workloa
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -20,7 +21,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.frequency_noise._bands import filtered, frequency
 from vitscope.diagnostics.frequency_noise._perturbed_evaluation import Means, perturbed
 from vitscope.runtime.distributed import failing_together
-from vitscope.runtime.value_ranges import OpenUnitInterval
+from vitscope.runtime.value_ranges import OpenUnitInterval, UnitInterval
 from vitscope.stats.intervals import check_level
 
 
@@ -75,12 +76,18 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     return MeasureCost(works, result_bytes=ENTRY * 7 * n)
 
 
+def _check(cutoffs: Sequence[float]) -> None:
+    if not cutoffs or not all(0 <= cutoff <= 1 for cutoff in cutoffs):
+        raise ValueError(f"Expected cutoffs in [0, 1], at least one, received {list(cutoffs)}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def input_filter(
     probe: Probe,
     *,
-    cutoffs: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    cutoffs: Sequence[UnitInterval] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     level: OpenUnitInterval = 0.95,
     partial: ResumableRows | None = None,
 ) -> InputFilterResult:
@@ -104,8 +111,6 @@ def input_filter(
     check_images(probe, "input_filter")
     check_level(level)
     ordered = sorted({float(cutoff) for cutoff in cutoffs})
-    if not ordered or not all(0 <= cutoff <= 1 for cutoff in ordered):
-        raise ValueError(f"Expected at least one cut-off, each in [0, 1], received {list(cutoffs)}.")
     x, _ = next(iter(probe.batches))
     rho = frequency(int(x.shape[-2]), int(x.shape[-1]))
     below = [rho <= cutoff + 1e-9 for cutoff in ordered]

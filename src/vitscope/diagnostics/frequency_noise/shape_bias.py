@@ -1,4 +1,4 @@
-"""Shape against texture on images that contradict themselves (Geirhos et al., ICLR 2019)."""
+"""Shape against texture on cue-conflict images (Geirhos et al., ICLR 2019)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def shape_bias(
         level: coverage of the interval, which is that of a share of independent decisions.
 
     Raises:
-        ValueError: textures that are missing or not one an image, no conflicting image, a level outside (0, 1), or another
+        ValueError: textures that are missing or not one per image, no conflicting image, a level outside (0, 1), or another
             loss than the cross entropy.
     """
     check_classes(probe, "shape_bias")

@@ -105,7 +105,7 @@ class BatchwiseSpectrum:
             except CannotBatch as error:
                 if not self._automatic:
                     raise
-                warnings.warn(f"one batch after the other: {error}", UserWarning, stacklevel=6)
+                warnings.warn(f"mini-batches are measured one after the other: {error}", UserWarning, stacklevel=6)
         for index, batch in group:
             operator = self.operators.batch(index, batch)
             solution = solve(

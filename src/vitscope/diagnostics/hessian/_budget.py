@@ -87,7 +87,7 @@ def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -
     predicted = product * products * -(-limit // world)
     memory = (products + 2) * row * at_once + graph
     _logger.info(
-        f"hessian spectrum: {product:.3g} s a product, about {products} products a batch, {memory / 2**20:.0f} MiB; "
+        f"hessian spectrum: {product:.3g} s per product, about {products} products per batch, {memory / 2**20:.0f} MiB; "
         f"{limit} of {total} batches in about {predicted:.0f} s (budget_s={seconds:g})"
     )
     facts = {

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.basis_memory import BasisBuffer
@@ -87,8 +88,17 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     )
 
 
+def _check(method: str, n_vectors: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"Expected method to be one of {', '.join(METHODS)}, received {method!r}.")
+    least = 3 if method == "hutch++" else 1
+    if n_vectors < least:
+        raise ValueError(f"Expected n_vectors to be at least {least} with method={method!r}, received {n_vectors}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 @curvature_arguments()
 def hessian_trace(
     probe: Probe,
@@ -118,11 +128,6 @@ def hessian_trace(
 
     Source: Hutchinson (1989); Meyer, Musco, Musco & Woodruff, Hutch++ (SOSA 2021), algorithm 1.
     """
-    if method not in METHODS:
-        raise ValueError(f"Expected method to be one of {', '.join(METHODS)}, received {method!r}.")
-    least = 3 if method == "hutch++" else 1
-    if n_vectors < least:
-        raise ValueError(f"Expected n_vectors to be at least {least} with method={method!r}, received {n_vectors}.")
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options, mean_alone=True) as operators:
         mean = operators.mean()

@@ -17,6 +17,7 @@ from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, 
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -29,7 +30,7 @@ from vitscope.linalg.solvers import solve
 from vitscope.runtime import distributed
 from vitscope.runtime.progress import track
 from vitscope.runtime.resumable_map import Partial, Row, merge_rows, stored_row
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import OpenUnitInterval, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,22 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     return MeasureCost(works, held_bytes=held, result_bytes=n_settings * (10 * ENTRY + 1))
 
 
+def _check(ks: Sequence[int], tols: Sequence[float], k: int) -> None:
+    for name, values in (("ks", ks), ("tols", tols), ("k", [k])):
+        if not len(values) or min(values) <= 0:
+            raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 @curvature_arguments("parameters", "dtype", "bn", "max_products", "max_memory", "basis", "seed")
 def nep_stability(
     probe: Probe,
     *,
-    ks: Sequence[int] = (1, 2, 5, 10, 20),
-    batch_sizes: Sequence[int] = (16, 32, 64, 128, 256),
-    tols: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    ks: Sequence[PositiveInt] = (1, 2, 5, 10, 20),
+    batch_sizes: Sequence[PositiveInt] = (16, 32, 64, 128, 256),
+    tols: Sequence[OpenUnitInterval] = (1e-1, 1e-2, 1e-3),
     mixup: bool = True,
     k: PositiveInt = 5,
     partial: ResumableRows | None = None,
@@ -133,9 +141,6 @@ def nep_stability(
 
     Source: docs/definitions.md section 2.
     """
-    for name, values in (("ks", ks), ("tols", tols), ("k", [k])):
-        if not len(values) or min(values) <= 0:
-            raise ValueError(f"Expected {name} to hold positive numbers, received {list(values)}.")
     base = probe.batch_size
     finest = min(tols)
     runs = [(base, max(*ks, k), finest, False)]

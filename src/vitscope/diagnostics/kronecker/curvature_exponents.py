@@ -13,6 +13,7 @@ from torch import Tensor
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.undefined_values import warn_nulls
@@ -80,8 +81,16 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     )
 
 
+def _check(n_singular_values: int) -> None:
+    if n_singular_values < LEAST_POINTS:
+        raise ValueError(
+            f"Expected n_singular_values of at least {LEAST_POINTS}, received {n_singular_values}; 10 is usual."
+        )
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 @curvature_arguments("operator", "parameters", "dtype", "bn", "micro_batch", "seed")
 def curvature_exponents(
     probe: Probe,
@@ -113,10 +122,6 @@ def curvature_exponents(
     the quantity: about 2 for convolutions, 1 for attention, below 1 for the first layers of MLPs. Directions, the fit and its
     interval are vitscope's own.
     """
-    if n_singular_values < LEAST_POINTS:
-        raise ValueError(
-            f"Expected n_singular_values of at least {LEAST_POINTS}, received {n_singular_values}; 10 is usual."
-        )
     options = CurvatureOptions(**curvature)
     with curvatures(probe, options) as operators:
         matrices = weight_matrices(operators.parameters)

@@ -1,4 +1,4 @@
-"""Alignment of the start of a straight way to its end by permutations of units."""
+"""Alignment of the start of a straight line to its end by permutations of units."""
 
 from __future__ import annotations
 

@@ -79,17 +79,28 @@ class Source:
         return {**facts, "seed": self.seed} if self.kind in ("random", "gradient") else facts
 
 
-def preset_source(preset: str, source: Source) -> Source:
-    """Return a source with the directions, normalization and ignore that a preset stands for.
+def check_preset(
+    preset: str | None, directions: str | Sequence[Any], normalization: str | None, ignore: str | Sequence[str] | None
+) -> None:
+    """Check a preset and the options that it would replace.
 
     Raises:
-        ValueError: an unknown preset, or one together with settings that it would replace.
+        ValueError: an unknown preset, or one together with options that it would replace.
     """
+    if preset is None:
+        return
     if preset not in PRESETS:
         raise ValueError(f"Expected preset to be one of {', '.join(PRESETS)}, received {preset!r}.")
-    if source.kind != "random" or source.normalization is not None or source.ignore is not None:
+    kind = directions if isinstance(directions, str) else "given"
+    if kind != "random" or normalization is not None or ignore is not None:
         raise ValueError(
             f"Expected preset={preset!r} with directions='random' and neither normalization nor ignore, received "
-            f"{source.kind!r}, {source.normalization!r} and {source.ignore!r}."
+            f"{kind!r}, {normalization!r} and {ignore!r}."
         )
+
+
+def preset_source(preset: str | None, source: Source) -> Source:
+    """Return a source with the directions, normalization and ignore that a checked preset stands for; as it is without one."""
+    if preset is None:
+        return source
     return replace(source, normalization="filter_official", ignore=OFFICIAL_IGNORE)

@@ -1,4 +1,4 @@
-"""The loss on the straight way between two sets of weights (Goodfellow et al., ICLR 2015)."""
+"""The loss on the straight line between two sets of weights (Goodfellow et al., ICLR 2015)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vitscope.core.cost.image_passes import evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
@@ -96,8 +97,14 @@ def path_cost(workload: Workload, options: Options, *, n_curves: int) -> Measure
     return MeasureCost(works, held_bytes=3.0 * workload.parameter_bytes, result_bytes=ENTRY * n_curves * n)
 
 
+def _check_ends(n: int, t_min: float, t_max: float) -> None:
+    if n < 2 or not t_min < t_max:
+        raise ValueError(f"Expected t_min < t_max and at least 2 points, received {t_min=:g}, {t_max=:g}, {n=}.")
+
+
 @declares_cost(functools.partial(path_cost, n_curves=6))  # t and five curves
 @record_options
+@checks_options(_check_ends)
 def linear_interpolation(
     probe: Probe,
     *,
@@ -112,7 +119,7 @@ def linear_interpolation(
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> LinearInterpolationResult:
-    """Measure a model on the straight way between two checkpoints, or between one and the model itself.
+    """Measure a model on the straight line between two checkpoints, or between one and the model itself.
 
     All parameters and floating-point buffers are interpolated, so that at both ends the network is exactly the one that was
     saved. Everything is back bit for bit afterwards.
@@ -137,8 +144,6 @@ def linear_interpolation(
         ValueError: an unknown option or label, fewer than two points, a checkpoint of another model, or a network whose units
             cannot be followed, with alignment.
     """
-    if n < 2 or not t_min < t_max:
-        raise ValueError(f"Expected at least 2 points and t_min < t_max, received n={n}, t_min={t_min}, t_max={t_max}.")
     kind = parse_float_dtype(dtype)
     check_movable(probe)
     (first, a), (last, b) = _ends(probe, checkpoints, start, end)

@@ -14,12 +14,13 @@ from vitscope.core.cost.image_passes import GRADIENT, evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
 from vitscope.diagnostics.landscape._axes import Axes, plane_axes
-from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
+from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, check_preset, preset_source
 from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
 from vitscope.linalg.weights.plane_evaluation import plane_rows
@@ -124,6 +125,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
+@checks_options(check_preset)
 def loss_landscape(
     probe: Probe,
     *,
@@ -177,7 +179,7 @@ def loss_landscape(
         raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")
     kind = parse_float_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
-    source = source if preset is None else preset_source(preset, source)
+    source = preset_source(preset, source)
     axes = plane_axes(probe, source)
     side = np.linspace(-span, span, n)
     norms = squared_norms(dict(probe.model.named_parameters()), axes.first, axes.second)

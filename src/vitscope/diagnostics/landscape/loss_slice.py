@@ -14,11 +14,12 @@ from vitscope.core.cost.image_passes import GRADIENT, evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
 from vitscope.core.weight_space import BatchNormPolicy, evaluation_dtype
-from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, preset_source
+from vitscope.diagnostics.landscape._direction_options import Kind, Preset, Source, check_preset, preset_source
 from vitscope.diagnostics.landscape._lines import measure_lines
 from vitscope.linalg.curvature.parameter_subsets import subset_name
 from vitscope.linalg.weights.directions import Normalization
@@ -100,6 +101,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
 
 @declares_cost(_cost)
 @record_options
+@checks_options(check_preset)
 def loss_slice(
     probe: Probe,
     *,
@@ -149,7 +151,7 @@ def loss_slice(
         )
     kind = parse_float_dtype(dtype)
     source = Source(directions, normalization, ignore, seed, eigenvectors, checkpoints, labels)
-    source = source if preset is None else preset_source(preset, source)
+    source = preset_source(preset, source)
     x = np.linspace(-span, span, n)
     keys = [(index, float(point)) for index in range(n_directions) for point in x]
     rows = measure_lines(probe, source, keys, dtype=kind, bn=bn, partial=partial, description="loss slice")

@@ -145,7 +145,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost | None:
 def sharpness(
     probe: Probe,
     *,
-    radii: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0),
+    radii: Sequence[PositiveFloat] = (0.05, 0.1, 0.2, 0.5, 1.0),
     n_pairs: PositiveInt = 20,
     normalization: Literal["filter", "layer"] = "filter",
     ignore: str | Sequence[str] = "bias_bn",

@@ -30,15 +30,19 @@ class Lesion:
     removed: Callable[[], AbstractContextManager[None]]
 
 
+def check_removals(removals: Sequence[str]) -> None:
+    """Raise ValueError where a kind of removal is unknown; without any, branches alone are removed."""
+    unknown = [r for r in removals if r not in REMOVALS]
+    if unknown:
+        raise ValueError(f"Expected removals among {', '.join(REMOVALS)}, received {unknown[0]!r}.")
+
+
 def lesions(units: Sequence[Unit], removals: Sequence[str]) -> list[Lesion]:
     """Return every lesion of the chosen kinds, in the order of the units they begin at.
 
     Raises:
-        ValueError: an unknown removal, or none that the model has.
+        ValueError: the model has none of them.
     """
-    unknown = [r for r in removals if r not in REMOVALS]
-    if unknown:
-        raise ValueError(f"Expected removals among {', '.join(REMOVALS)}, received {unknown[0]!r}.")
     all_lesions: list[Lesion] = []
     for unit in units:
         if "branch_zero" in removals:

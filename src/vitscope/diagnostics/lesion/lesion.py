@@ -13,6 +13,7 @@ from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import ResumableRows
@@ -21,7 +22,7 @@ from vitscope.core.undefined_values import warn_nulls
 from vitscope.core.weight_space import BN_POLICIES, BatchNormPolicy
 from vitscope.diagnostics.lesion._ablated_forward import batch_by_batch, lesion_by_lesion
 from vitscope.diagnostics.lesion._cost import chosen_lesions, chosen_units, lesion_cost
-from vitscope.diagnostics.lesion._lesions import Lesion
+from vitscope.diagnostics.lesion._lesions import Lesion, check_removals
 from vitscope.models.structure.residual_units import Unit
 from vitscope.runtime.distributed import failing_together
 from vitscope.stats.intervals import Estimate, few_images, where_enough_wrong
@@ -115,6 +116,7 @@ class LesionResult(
 
 @declares_cost(lesion_cost)
 @record_options
+@checks_options(check_removals)
 def lesion(
     probe: Probe,
     *,

@@ -52,16 +52,16 @@ class PatchPcaResult(
         kinds: (n_taps) ``stem conv msa mlp pool head``.
         stages: (n_taps,) stage numbers.
         depths: (n_taps,) normalized depth in [0, 1].
-        tap_colors: (n_taps, n_shown, h, w, 3) one array a tap, in [0, 1]; background 0.
-        scores: (n_taps, n_shown, h, w, 3) one array a tap: coordinates along the components, rotated to the reference if any.
-        foreground_masks: (n_taps, n_shown, h, w) one array a tap: whether a patch is foreground; all without a threshold.
+        tap_colors: (n_taps, n_shown, h, w, 3) one array per tap, in [0, 1]; background 0.
+        scores: (n_taps, n_shown, h, w, 3) one array per tap: coordinates along the components, rotated to the reference if any.
+        foreground_masks: (n_taps, n_shown, h, w) one array per tap: whether a patch is foreground; all without a threshold.
         foreground_share: (n_taps,) share of foreground patches among those of all images.
         variances: (n_taps, n_components) variance along each component, divisor n - 1.
         variance_half_widths: (n_taps, n_components) half the t-interval over images; NaN with fewer than 128.
         ratios: (n_taps, n_components) share of the variance of all channels.
         ratio_half_widths: (n_taps, n_components) likewise.
-        components: (n_taps, n_components, C) one array a tap: axes of length 1, the largest entry of each positive.
-        feature_means: (n_taps, C) one array a tap: mean feature vector.
+        components: (n_taps, n_components, C) one array per tap: axes of length 1, the largest entry of each positive.
+        feature_means: (n_taps, C) one array per tap: mean feature vector.
         n_vectors: (n_taps,) patches from which the components were computed.
         alignment: (n_taps, n_components, 3) orthogonal matrix that was applied to the scores; the identity without a reference.
         alignment_r2: (n_taps,) squared Procrustes correlation with the reference; NaN without one.

@@ -51,7 +51,7 @@ def limit_of(state: OptimizerState | None, operator: Curvature) -> OptimizerLimi
         CheckpointError: a state that no optimizer writes.
     """
     if state is None:
-        return _unknown("no optimizer is at hand (optimizer=)", float("nan"), "", None)
+        return _unknown("no optimizer was given (optimizer=)", float("nan"), "", None)
     lr = next((float(p.group["lr"]) for p in state.parameters.values() if "lr" in p.group), float("nan"))
     around = state.ascent_radius > 0
     name = f"SAM around {state.name}" if around else state.name

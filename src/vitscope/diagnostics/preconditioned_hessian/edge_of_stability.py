@@ -1,4 +1,4 @@
-"""The largest Hessian eigenvalues along training, beside the curvature that the optimizer's iteration bears at each step."""
+"""The largest Hessian eigenvalues along training, beside the limit of stability of the optimizer at each step."""
 
 from __future__ import annotations
 

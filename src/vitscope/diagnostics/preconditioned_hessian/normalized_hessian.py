@@ -1,4 +1,4 @@
-"""Compute eigenvalues of D H D, D the weights' own size: curvature that a rescaling of units does not change."""
+"""Eigenvalues of D H D with D = diag(abs(w)), which do not change when weights are rescaled."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def normalized_hessian(
     ignore: str = "bias_bn",
     **curvature: Unpack[CurvatureArguments],
 ) -> NormalizedHessianResult:
-    """Compute extreme eigenvalues of D H D, the Hessian in coordinates of the weights' own size.
+    """Compute extreme eigenvalues of D H D, the Hessian in coordinates scaled by the size of the weights.
 
     D is diagonal. With ``weight`` its entries are the weights' absolute values, D = diag(|w|). Where w' = S w with a positive
     diagonal S gives the same function, H' = S^-1 H S^-1 and D' = S D, so that D' H' D' = D H D entry by entry: the eigenvalues

@@ -1,4 +1,4 @@
-"""The largest eigenvalue as the optimizer feels it, against its limit of stability."""
+"""Largest eigenvalue of the preconditioned Hessian, beside the limit of stability of the optimizer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vitscope.linalg.curvature.operator_factory import curvatures
 from vitscope.linalg.curvature.product_cost import basis_bytes, lanczos_products, mean_products
 from vitscope.linalg.optimizer_stability import StabilityLimit, stability_limit
 from vitscope.linalg.preconditioned_operator import scaled_eigenvalues
-from vitscope.runtime.value_ranges import PositiveInt
+from vitscope.runtime.value_ranges import PositiveInt, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def preconditioned_sharpness(
     *,
     optimizer: Optimizer | None = None,
     lr: float | None = None,
-    beta1: float | None = None,
+    beta1: ShareBelowOne | None = None,
     preconditioner: Literal["auto", "adamw", "identity"] = "auto",
     k: PositiveInt = 1,
     **curvature: Unpack[SearchArguments],
@@ -241,7 +241,7 @@ def _stated(scale: Mapping[str, Tensor] | None, lr: float | None, beta1: float |
             "received None: measure a checkpoint that holds the optimizer's state, or use preconditioner='identity'."
         )
     if preconditioner == "identity" or scale is None:
-        plan = _Plan("identity", "unknown: no optimizer is at hand (optimizer=, or lr= and SGD's momentum as beta1=)")
+        plan = _Plan("identity", "unknown: no optimizer was given (optimizer=, or lr= and SGD's momentum as beta1=)")
         if beta1 is not None:
             plan = replace(plan, beta1=beta1)
         if lr is not None and beta1 is not None:

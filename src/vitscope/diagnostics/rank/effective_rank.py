@@ -36,7 +36,7 @@ class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
         effective_rank: (n_taps,) exp of the entropy of the normalized singular values; NaN where the features do not vary
             or are not finite.
         participation_ratio: (n_taps,) squared sum over sum of squares of the covariance's eigenvalues; NaN likewise.
-        spectrum: (n_taps, channels) one array a tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
+        spectrum: (n_taps, channels) one array per tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
         n_samples: (n_taps,) feature vectors: images times positions.
         n_images: images used.
         card: conditions of the measurement.
@@ -77,7 +77,7 @@ def accumulate(probe: Probe, *, positions: PositiveInt | None = 16) -> _Sums:
 @shares_pass(accumulate)
 @record_options
 def effective_rank(probe: Probe, *, positions: PositiveInt | None = 16) -> EffectiveRankResult:
-    """Measure the rank of the features at every tap in one forward pass a batch, from running sums alone.
+    """Measure the rank of the features at every tap in one forward pass per batch, from running sums alone.
 
     With covariance eigenvalues l_i and singular values s_i = sqrt(l_i): effective rank ``exp(-sum p_i ln p_i)``, ``p_i = s_i /
     sum s`` (Roy and Vetterli 2007), and participation ratio ``(sum l)^2 / sum l^2`` (Gao et al. 2017). Both are at most the

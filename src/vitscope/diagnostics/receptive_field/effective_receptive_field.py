@@ -19,6 +19,7 @@ from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, Work
 from vitscope.core.losses.requirements import check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
+from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel
@@ -168,19 +169,30 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     )  # fmt: skip
 
 
+def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
+    check_level(level)
+    if contribution not in CONTRIBUTIONS:
+        raise ValueError(f"Expected contribution to be one of {', '.join(CONTRIBUTIONS)}, received {contribution!r}.")
+    if center not in CENTERS:
+        raise ValueError(f"Expected center to be one of {', '.join(CENTERS)}, received {center!r}.")
+    if any(not 0 < share < 1 for share in area_shares):
+        raise ValueError(f"Expected area_shares in (0, 1), received {list(area_shares)}; pass area_shares=[0.5].")
+
+
 @declares_cost(_cost)
 @record_options
+@checks_options(_check)
 def effective_receptive_field(
     probe: Probe,
     *,
     taps: str | Sequence[str] = "stages",
     contribution: Contribution = "squared",
     center: Center = "mass",
-    area_shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99),
+    area_shares: Sequence[OpenUnitInterval] = (0.2, 0.3, 0.5, 0.99),
     initial: UntrainedModel | None = None,
     level: OpenUnitInterval = 0.95,
 ) -> EffectiveReceptiveFieldResult:
-    """Measure which pixels the central position of a map depends on: one backward pass a batch for each tap.
+    """Measure which pixels the central position of a map depends on: one backward pass per batch and tap.
 
     With the map ``F (C, h, w)`` of an image ``x (c, H, W)``, the field is the mean over images of
     ``sum_c (d sum_k F[k, h // 2, w // 2] / d x[c])^2``, divided by its sum. Where h or w is even, the position is the lower or
@@ -212,7 +224,6 @@ def effective_receptive_field(
         ValueError: no tap, an unknown one, a share outside of (0, 1), an unknown contribution or center, images of several
             sizes, batches of more than images, or an initial model of another architecture.
     """
-    _check(contribution, center, area_shares, level)
     check_images(probe, "effective_receptive_field")
     probe.check_taps()
     read_taps = chosen_taps(probe.taps, taps)
@@ -240,19 +251,9 @@ def _warn_of_cancellation(taps: Sequence[Tap], trained: FieldsOfTaps, before: Fi
     if names:
         warnings.warn(
             f"effective_receptive_field: the gradients of the channels cancel at {', '.join(names)}, as after a LayerNorm, so "
-            "that the field is that of a small rest; pass contribution=channels",
+            "that the field shows only a small remainder; pass contribution=channels",
             stacklevel=3,
         )
-
-
-def _check(contribution: str, center: str, area_shares: Sequence[float], level: float) -> None:
-    check_level(level)
-    if contribution not in CONTRIBUTIONS:
-        raise ValueError(f"Expected contribution to be one of {', '.join(CONTRIBUTIONS)}, received {contribution!r}.")
-    if center not in CENTERS:
-        raise ValueError(f"Expected center to be one of {', '.join(CENTERS)}, received {center!r}.")
-    if any(not 0 < share < 1 for share in area_shares):
-        raise ValueError(f"Expected area_shares in (0, 1), received {list(area_shares)}; pass area_shares=[0.5].")
 
 
 def _initial_probe(probe: Probe, initial: nn.Module, taps: Sequence[Tap]) -> tuple[Probe, list[Tap]]:

@@ -15,7 +15,7 @@ _N_CHANNELS = 5
 
 
 def numbers(means: Sequence[Estimate], field: str) -> np.ndarray:
-    """Return one number a tap; NaN where it is not finite."""
+    """Return one number per tap; NaN where it is not finite."""
     values = np.array([float(getattr(mean, field)) for mean in means])
     return np.where(np.isfinite(values), values, np.nan)
 

@@ -61,7 +61,7 @@ class OversmoothingResult(
         attention_depths: (n_units,) normalized depth among all units of the model.
         nmi: (n_units,) normalized mutual information of query and key positions in [0, 1], mean over heads.
         nmi_half_width: (n_units,) half its interval.
-        head_nmi: (n_units, n_heads) of each head; one array a unit where the numbers of heads differ.
+        head_nmi: (n_units, n_heads) of each head; one array per unit where the numbers of heads differ.
         head_similarity: (n_units,) mean cosine of the attention of each pair of heads; NaN for one head.
         head_similarity_half_width: (n_units,) half its interval.
         layer_similarity: (n_units, n_other_units) cosine of the attention of two units, mean over heads; NaN where their tokens
@@ -131,9 +131,9 @@ def accumulate(
 def oversmoothing(
     probe: Probe, *, norm: Literal["frobenius", "composite"] = "frobenius", level: OpenUnitInterval = 0.95
 ) -> OversmoothingResult:
-    """Measure how alike the tokens of an image become with depth, in one forward pass a batch.
+    """Measure how similar the tokens of an image become with depth, in one forward pass per batch.
 
-    Tokens X, one a row, are patch tokens or the positions of a map, without class and register tokens. The rank-1 residual is
+    Tokens X, one per row, are patch tokens or the positions of a map, without class and register tokens. The rank-1 residual is
     ``|X - 1 m'| / |X|`` with the mean token m. Dong et al. (2021) use the composite norm ``sqrt(|X|_1 |X|_inf)``, of which the
     mean is not the minimizer; it is that of the Frobenius norm, the default. Attention (Park et al. 2023): the normalized mutual
     information ``I(q, k) / sqrt(H(q) H(k))`` of query and key positions, where all queries are equally likely, in each window;

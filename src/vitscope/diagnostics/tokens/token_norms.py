@@ -69,7 +69,7 @@ class TokenNormsResult(
         artefact_threshold: (n_taps,) norm above which a patch token is an artefact.
         artefact_share: (n_taps,) share of patch tokens that are artefacts, mean over the kept images.
         artefact_share_half_width: (n_taps,) half its t-interval; NaN with fewer than 128 images, or 10 with an artefact.
-        artefact_frequency: (n_taps, h, w) one array a tap: share of the kept images with an artefact at each position.
+        artefact_frequency: (n_taps, h, w) one array per tap: share of the kept images with an artefact at each position.
         bimodality: (n_taps,) Sarle's coefficient of the logarithms of the norms: 1/3 normal, 5/9 uniform, 1 for two values.
         first_artefact_tap: index of the tap at which artefacts appear; -1 where no tap has 0.5 % of them.
         massive_ratio: (n_taps,) largest magnitude of an image's tokens over the median magnitude, mean over images.
@@ -79,10 +79,10 @@ class TokenNormsResult(
         massive_on_prefix: (n_taps,) share of images whose largest magnitude is one of a prefix token.
         massive_channels: (n_taps, n_channels) numbers of the channels with the largest magnitudes, descending; -1 for none.
         massive_channel_magnitudes: (n_taps, n_channels) their largest magnitudes, mean over images.
-        channel_norms: (n_taps, C) one array a tap: root mean square of each channel over positions, mean over images.
+        channel_norms: (n_taps, C) one array per tap: root mean square of each channel over positions, mean over images.
         attention_units: (n_units) names of the units whose attention could be read; none in a ConvNet.
         attention_depths: (n_units,) normalized depth among all units of the model.
-        attention_received: (n_units, n_norm_images, n_keys) float32; one array a unit where the numbers of keys differ: attention
+        attention_received: (n_units, n_norm_images, n_keys) float32; one array per unit if the numbers of keys differ: attention
             that each position of the map of keys receives, mean over heads and queries, times the number of keys, so that
             equal attention is 1.
         attention_prefix: (n_units, n_prefix) likewise, of each prefix token, mean over images.
@@ -184,7 +184,7 @@ def token_norms(
     positions: PositiveInt | None = 16,
     level: OpenUnitInterval = 0.95,
 ) -> TokenNormsResult:
-    """Measure the norms of tokens at every tap in one forward pass a batch: patch, class, distillation and register tokens.
+    """Measure the norms of tokens at every tap in one forward pass per batch: patch, class, distillation and register tokens.
 
     In a ConvNet the tokens are the positions of a map. A patch token is an artefact where its norm is above ``threshold``, by
     default ``exp(m + max(5 * 1.4826 * mad, ln 2))`` with the median m and the median absolute deviation mad of the logarithms

@@ -168,7 +168,7 @@ def _polar(results: Mapping[str, TrajectoryResult]) -> Figure:
     axes.set_thetalim(0, np.pi / 2 if max(np.nanmax(r.angle) for r in results.values()) <= np.pi / 2 else np.pi)
     axes.set_ylim(0, 1.05 * max(r.radius.max() for r in results.values()))
     canvas.set_title(
-        "r: distance from the end, θ: angle to the start\n(two numbers of a long way: for comparison only)"
+        "r: distance from the end, θ: angle to the start\n(two numbers of a long path: for comparison only)"
     )
     if any(results):
         axes.legend(loc="upper right", bbox_to_anchor=(1.12, 1.05))

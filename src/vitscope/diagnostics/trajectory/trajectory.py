@@ -1,4 +1,4 @@
-"""The way that training took through weight space, seen from its end: in polar form, and in its principal plane."""
+"""Path of training through weight space relative to its end: in polar form, and in its principal plane."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def trajectory(
     dtype: DtypeName | torch.dtype | None = None,
     partial: ResumableRows | None = None,
 ) -> TrajectoryResult:
-    """Describe the way from the first checkpoint to the model, and measure its points and their plane.
+    """Describe the path from the first checkpoint to the model, and measure its points and their plane.
 
     The polar form is Fig 1b of Park & Kim (ICLR 2022): ``r = |w_t - w_end| / |w_first - w_end|`` and theta, the angle
     between ``w_t - w_end`` and ``w_first - w_end``. **The paper's author asked readers to ignore that figure.** It keeps two

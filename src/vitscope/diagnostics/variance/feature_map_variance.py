@@ -83,7 +83,7 @@ def accumulate(probe: Probe, *, level: OpenUnitInterval = 0.95) -> _Sums:
 
 
 def _result_bytes(workload: Workload, options: Options) -> float | None:
-    """Return the bytes of stages, depths, sizes of the maps and four numbers a tap."""
+    """Return the bytes of stages, depths, sizes of the maps and four numbers per tap."""
     return None if workload.map_sizes is None else ENTRY * 8 * len(workload.map_sizes)
 
 
@@ -91,7 +91,7 @@ def _result_bytes(workload: Workload, options: Options) -> float | None:
 @shares_pass(accumulate)
 @record_options
 def feature_map_variance(probe: Probe, *, level: OpenUnitInterval = 0.95) -> FeatureMapVarianceResult:
-    """Measure the spatial variance of the feature maps at every tap, in one forward pass a batch.
+    """Measure the spatial variance of the feature maps at every tap, in one forward pass per batch.
 
     The official code's ``latent.var(dim=(-1, -2))`` (unbiased), mean over images and channels, prefix tokens dropped.
     Only running sums are kept.

@@ -10,6 +10,7 @@ from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args, get_ty
 
 import torch
 
+from vitscope.core.option_checks import checks_options
 from vitscope.linalg.basis_memory import Placement, check_placement
 from vitscope.linalg.curvature.curvature_operator import OperatorKind, ProductKind, check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
@@ -157,7 +158,8 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
 
     Without names, the function takes the fields of the typed dictionary of ``**curvature``, which editors complete as well. The
     signature and the annotations of the function list the fields in place of ``curvature``, with their types and defaults, so
-    that `help`, configurations and result cards see ordinary keyword arguments.
+    that `help`, configurations and result cards see ordinary keyword arguments. The values are checked as `CurvatureOptions`
+    does (`vitscope.core.option_checks`).
 
     Args:
         names: The fields that the function takes where no typed dictionary has just these.
@@ -173,7 +175,8 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        signature = _listing_fields(signature, names or _typed_fields(function, signature), defaults)
+        field_names = names or _typed_fields(function, signature)
+        signature = _listing_fields(signature, field_names, defaults)
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -186,7 +189,7 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
         annotations = {name: p.annotation for name, p in signature.parameters.items()}
         checked.__annotations__ = {**annotations, "return": signature.return_annotation}
         checked.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]  read by `inspect.signature`
-        return checked
+        return checks_options(CurvatureOptions, field_names)(checked)
 
     return decorate
 

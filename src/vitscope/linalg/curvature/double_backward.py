@@ -1,4 +1,4 @@
-"""Convolutions, BatchNorm and attention whose second derivatives cost what they must.
+"""Convolutions, BatchNorm and attention with efficient second derivatives.
 
 PyTorch differentiates a convolution's backward pass by convolutions with the image as kernel, one group at a time. But that
 pass is bilinear in the output's gradient and in (image, kernel), so its derivative is two convolutions and one more backward

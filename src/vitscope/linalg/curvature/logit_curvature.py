@@ -46,7 +46,7 @@ def check_output_curvature(kind: str, objective: Objective) -> None:
     if kind in ("ggn", "fisher_mc") and callable(objective.loss):
         unknown = "Hessian in the outputs" if kind == "ggn" else "likelihood"
         raise ValueError(
-            f"Expected operator='hessian' (or 'fisher_empirical' for one value an image) with a loss of your own, received "
+            f"Expected operator='hessian' (or 'fisher_empirical' for one value per image) with a loss of your own, received "
             f"{kind!r}: its {unknown} is not known."
         )
 

@@ -221,6 +221,6 @@ def _finite(loss: Tensor, first_image: int, n: int) -> float:
             "loss",
             value,
             f"not finite on images {first_image} to {first_image + n - 1}, so it has no curvature",
-            "look at the weights and the batch, or use float64",
+            "check the weights and the batch for values that are not finite, or use float64",
         )
     return value

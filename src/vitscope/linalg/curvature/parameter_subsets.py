@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from vitscope.core.tap import Kind
 from vitscope.linalg.curvature.attention_rows import AttentionParts, attention_parts
 from vitscope.linalg.curvature.attention_trace import LayerCall
 from vitscope.linalg.curvature.row_slices import RowSlice, row_slice, sliced_parameters
@@ -90,6 +92,25 @@ def analyzed_parameters(
             analyzed[slice_name] = slices[slice_name]
     with sliced_parameters(model, slices):
         yield analyzed
+
+
+def check_subset(model: nn.Module, subset: Subset) -> None:
+    """Check the words and patterns of a subset as far as that takes no forward pass, see `select_parameters`.
+
+    Raises:
+        ValueError: an unknown kind, part or stage, or a pattern or layer without a parameter that requires gradients.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for rule in [subset] if isinstance(subset, str) else subset or ():
+        what, _, value = rule.partition(":")
+        if what == "part":
+            _check_part(value, rule)
+        elif what == "kind" and value and value not in get_args(Kind):
+            raise ValueError(f"Expected a kind to be one of {', '.join(get_args(Kind))}, received {rule!r}.")
+        elif what == "stage" and value and not value.isdigit():
+            raise ValueError(f"Expected the number of a stage, 0 for the stem, received {rule!r}.")
+        elif what not in ("kind", "stage") and rule != "all":
+            _matching(model, trainable, rule, _Parts(model, None))
 
 
 def part_sizes(model: nn.Module, parameters: Mapping[str, Tensor], images: Images) -> dict[str, int]:
@@ -204,10 +225,14 @@ def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, par
     return {name: Selection(None) for name in names if name in matches}
 
 
-def _rows_of_part(parameters: Mapping[str, Tensor], part: str, rule: str, parts: _Parts) -> dict[str, Selection]:
-    """Return the rows of parameters that belong to a part of attention or MLPs; None stands for all rows."""
+def _check_part(part: str, rule: str) -> None:
     if part not in PARTS:
         raise ValueError(f"Expected a part to be one of {', '.join(PARTS)}, received {rule!r}.")
+
+
+def _rows_of_part(parameters: Mapping[str, Tensor], part: str, rule: str, parts: _Parts) -> dict[str, Selection]:
+    """Return the rows of parameters that belong to a part of attention or MLPs; None stands for all rows."""
+    _check_part(part, rule)
     rows = parts.rows(part)
     selections = {}
     for name, p in parameters.items():

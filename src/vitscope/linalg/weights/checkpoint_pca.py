@@ -1,4 +1,4 @@
-"""Checkpoints seen from a model: the ways to them, and the directions that hold most of those ways."""
+"""Differences of checkpoints from a model, and the directions that contain most of these differences."""
 
 from __future__ import annotations
 

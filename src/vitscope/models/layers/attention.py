@@ -50,9 +50,11 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim_head is None and dim % heads:
-            raise ValueError(f"heads={heads} does not divide the width {dim}; give dim_head.")
+            raise ValueError(
+                f"Expected heads to divide the width {dim}, received {heads}; pass a divisor, or dim_head."
+            )
         if padding not in ("masked", "zero"):
-            raise ValueError(f"Unknown padding {padding!r}: masked or zero.")
+            raise ValueError(f"Expected padding to be masked or zero, received {padding!r}.")
         self.num_heads = heads
         self.head_dim = dim // heads if dim_head is None else dim_head
         self.kernel_size, self.padding = kernel_size, padding
@@ -69,7 +71,7 @@ class SelfAttention(nn.Module):
         if self.kernel_size is None:
             return None
         if grid is None or self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"a neighborhood needs a grid and an odd kernel_size, got {grid}, {self.kernel_size}.")
+            raise ValueError(f"Expected kernel_size to be odd, with a grid, received {self.kernel_size} and {grid}.")
         return neighborhood(grid, self.kernel_size)
 
     def _zero_token_mask(self, like: Tensor) -> Tensor:
@@ -83,7 +85,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend; ``attn_mask`` and ``is_causal`` exist for timm's blocks and must keep their defaults."""
         if attn_mask is not None or is_causal:
-            raise ValueError("SelfAttention takes no attention mask from outside.")
+            raise ValueError(
+                "Expected attn_mask=None and is_causal=False, received others: this attention takes no mask from outside."
+            )
         b, n, _ = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, dim_head)

@@ -64,7 +64,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         if position_bias not in ("shared", "per_head"):
-            raise ValueError(f"Unknown position_bias {position_bias!r}: shared or per_head.")
+            raise ValueError(f"Expected position_bias to be shared or per_head, received {position_bias!r}.")
         self.num_heads, self.head_dim, self.window_size, self.pad = heads, dim_head, window_size, pad
         self.qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.proj = nn.Linear(heads * dim_head, dim_out)
@@ -80,7 +80,7 @@ class WindowAttention(nn.Module):
         bottom, right = -h % p, -w % p
         if bottom or right:
             if not self.pad:
-                raise ValueError(f"window_size={p} does not divide the {h}x{w} feature map; set pad=True.")
+                raise ValueError(f"Expected window_size to divide the {h}x{w} feature map, received {p}; set pad=True.")
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         windows = partition(x, p)
         n, length, _ = windows.shape
@@ -127,7 +127,7 @@ class FixedMixing(nn.Module):
         _, h, w, _ = v.shape
         p = self.window_size
         if (h % p or w % p) and not self.pad:
-            raise ValueError(f"window_size={p} does not divide the {h}x{w} feature map; set pad=True.")
+            raise ValueError(f"Expected window_size to divide the {h}x{w} feature map, received {p}; set pad=True.")
         v = v.permute(0, 3, 1, 2)  # (B, h, w, inner) to (B, inner, h, w)
         mean = F.avg_pool2d(v, p, ceil_mode=True, count_include_pad=False)  # a window over the border counts its part
         mean = mean.repeat_interleave(p, 2).repeat_interleave(p, 3)[:, :, :h, :w]

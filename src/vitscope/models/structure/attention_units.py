@@ -148,7 +148,7 @@ def attention_units(
         if modules[unit.name] in shared:
             reasons[unit.name] = "its attention cannot be told apart from that of another unit"
         elif len(calls) != 1:
-            several = "its module computes attention several times an image"
+            several = "its module computes attention several times per image"
             reasons[unit.name] = several if calls else "its attention weights cannot be read"
         else:
             try:

@@ -146,7 +146,7 @@ def to_map(
 
     Raises:
         StructureError: A layout that is not known.
-        ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map an image.
+        ValueError: A tensor of another number of axes, tokens whose grid is not certain, or not one map per image.
     """
     if isinstance(order, TokenOrder):
         return _ordered_map(value, name, forward_pass, order)

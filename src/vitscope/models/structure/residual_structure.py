@@ -18,6 +18,12 @@ TOKENS = (
     "register_tokens",
 )  # fmt: skip
 
+#: what to do about a model whose residual units are not known; in YAML the descriptions are ``model.structure``
+DESCRIBING_UNITS = (
+    'describe its residual units, Probe(..., structure=[{"module": "blocks.*.attn", "kind": "msa"}, ...]) with the names of '
+    "its modules"
+)
+
 
 @dataclass(frozen=True)
 class Read:
@@ -162,8 +168,8 @@ def residual_structure(model: nn.Module, by_children: bool = True) -> list[Model
     components = components[residual[0] : residual[-1] + 1] if residual else _structure_without_units(model)
     if not components:
         raise ValueError(
-            f"{type(model).__name__} has no block that vitscope knows; pass "
-            'taps=[vitscope.Tap("block1", "conv", stage=1, depth=0.0, module=model.block1), ...].'
+            f"{type(model).__name__} has no block that vitscope knows: {DESCRIBING_UNITS}; measures of feature maps alone take "
+            'Probe(..., taps=[vitscope.Tap("block1", "conv", stage=1, depth=0.0, module=model.block1), ...]) instead.'
         )
     return components
 

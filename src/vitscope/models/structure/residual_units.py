@@ -16,7 +16,7 @@ from vitscope.models.removals.head_channels import HeadOutputs
 from vitscope.models.structure.coverage import refuse_missing_units
 from vitscope.models.structure.feature_maps import observed_pass, to_map
 from vitscope.models.structure.found_structure import FoundStructure, find_structure
-from vitscope.models.structure.residual_structure import Read
+from vitscope.models.structure.residual_structure import DESCRIBING_UNITS, Read
 from vitscope.models.structure.taps import attach
 from vitscope.models.tracing.running_sums import SumFunction, SumPlace, SumReader, sum_place
 from vitscope.models.tracing.token_orders import with_orders
@@ -118,10 +118,7 @@ def known_units(model: nn.Module, images: Tensor | None = None) -> list[Unit]:
 def _units(model: nn.Module, model_structure: FoundStructure, images: Tensor | None) -> list[Unit]:
     components = [p for p in model_structure.components if p.part.is_residual]
     if not components:
-        raise ValueError(
-            f"{type(model).__name__} has no residual unit that vitscope knows; "
-            "pass units=[vitscope.models.structure.Unit(...), ...]."
-        )
+        raise ValueError(f"{type(model).__name__} has no residual unit that vitscope knows: {DESCRIBING_UNITS}.")
     last_index = max(len(components) - 1, 1)
     reads = [(piece.part.branch_in, piece.part.branch_out, piece.part.added) for piece in components]
     ordered = iter(with_orders(model, [read for places in reads for read in places], images))

@@ -1,4 +1,4 @@
-"""The statistics that claims are judged by: one number a seed, computed from the runs that a claim needs.
+"""The statistics that claims are judged by: one number per seed, computed from the runs that a claim needs.
 
 Each function looks for its runs by what their configurations say, pairs them by seed within one setting (data, objective,
 length of training) and says what it compared, or what is missing.

@@ -246,7 +246,7 @@ def _entry(study: Study, key: str, names: set[str]) -> Entry:
 
 def _no_run(study: Study, key: str, error: Exception) -> StorageError:
     reason = f"is no run of a study ({type(error).__name__}: {error})"
-    return StorageError("from", study.folder / "runs" / f"{key}.json", reason, "restore it or export again")
+    return StorageError("from", study.folder / "runs" / f"{key}.json", reason, "restore it, or export it again")
 
 
 def _measured(folder: Path, name: str, content: Mapping[str, Any]) -> Measured:

@@ -91,7 +91,7 @@ def read(folder: Path) -> Study:
         for part in ("config", "facts", "metrics", "results"):
             if not isinstance(content.get(part), Mapping):
                 reason = f"is no run of a study ({part} is missing)"
-                raise StorageError("from", folder / "runs" / f"{key}.json", reason, "restore it or export again")
+                raise StorageError("from", folder / "runs" / f"{key}.json", reason, "restore it, or export it again")
     return Study(folder, str(index["profile"]), index["targets"], runs)
 
 
@@ -171,8 +171,8 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise StorageError(
-            "from", path, f"cannot be read ({type(error).__name__})", "restore it or export again"
+            "from", path, f"cannot be read ({type(error).__name__})", "restore it, or export it again"
         ) from None
     if not isinstance(content, dict):
-        raise StorageError("from", path, "holds no mapping", "restore it or export again")
+        raise StorageError("from", path, "holds no mapping", "restore it, or export it again")
     return content

@@ -202,7 +202,7 @@ def _panels_of_moment(
         if keys:
             notice = (
                 f"Shown apart: objective cards differ in {', '.join(keys)}; here {stated(key, keys)}. "
-                "allow_different=true overlays them all the same."
+                "allow_different=true overlays them."
             )
         curves = [curve_of(label, labeled_results) for label, labeled_results in labels.items()]
         planned += _divide(Panel(stem, analysis, tag, tuple(curves), notice))

@@ -120,7 +120,9 @@ def draw(job: Job) -> Picture:
     try:
         csv = save_numbers(loaded, job.stem)
     except StorageError as error:
-        raise StorageError("out", job.stem.parent, error.why, "free space or choose another") from None
+        raise StorageError(
+            "out", job.stem.parent, error.why, "free space, or choose another folder: out=<folder>"
+        ) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a layout engine says of a crowded figure is no news to a reader
@@ -130,7 +132,9 @@ def draw(job: Job) -> Picture:
             png, *pdf = save_figure(figure, job.stem, formats=("png", "pdf") if job.pdf else ("png",))
     except OSError as error:
         folder = job.stem.parent
-        raise StorageError("out", folder, f"not writable ({error.strerror})", "free space or choose another") from None
+        raise StorageError(
+            "out", folder, f"not writable ({error.strerror})", "free space, or choose another folder: out=<folder>"
+        ) from None
     except Exception as error:  # one figure that cannot be drawn must not cost the report
         problem = f"not drawn: {type(error).__name__}: {first_line(error)}"
         return Picture(csv=csv, lost=tuple(lost), problem=problem)

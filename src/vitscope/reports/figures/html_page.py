@@ -47,7 +47,7 @@ CURVES = ("val/accuracy", "val/nll", "val/loss", "train/loss", "train/accuracy")
 METRICS = ("test/accuracy", "test/nll", "test/ece", "test/brier", "val/accuracy", "val/nll", "train/loss")
 
 #: provenance that stands under each figure, beside the compared keys of the card
-PROVENANCE = ("seed", "epoch", "checkpoint", "solver", "versions")
+PROVENANCE = ("input_shape", "seed", "epoch", "checkpoint", "solver", "versions")
 
 TEMPLATES = Path(__file__).parent / "templates"
 

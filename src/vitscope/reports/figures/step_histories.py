@@ -116,12 +116,12 @@ def draw_history(history: StepHistory, folder: Path, *, pdf: bool = True) -> Dra
         )
     except OSError as error:
         reason = f"not writable ({error.strerror})"
-        raise StorageError("out", folder, reason, "free space or choose another") from None
+        raise StorageError("out", folder, reason, "free space, or choose another folder: out=<folder>") from None
     table = folder / f"{history.name}.csv"
     write_atomically(table, _numbers(history).encode())
     curves = tuple(Curve(label, history.entries[label], results[-1][1]) for label, results in history.results.items())
     panel = Panel(
-        history.name, history.analysis, STEPS, curves, "Scalars that change over optimizer steps; one run a model."
+        history.name, history.analysis, STEPS, curves, "Scalars that change over optimizer steps; one run per model."
     )
     return with_picture(panel, Picture(png, print_file[0] if print_file else None, table, tuple(history.results)))
 

@@ -52,7 +52,9 @@ def write_factorial_tables(selection: Selection, folder: Path) -> dict[str, Tabl
         try:
             picture, *_ = save_figure(factorial_figure.draw(result), folder / "factors")
         except OSError as error:
-            raise StorageError("out", folder, f"not writable ({error.strerror})", "choose another") from None
+            raise StorageError(
+                "out", folder, f"not writable ({error.strerror})", "choose another folder: out=<folder>"
+            ) from None
         by_name["factors"] = replace(by_name["factors"], picture=picture)
     return by_name
 

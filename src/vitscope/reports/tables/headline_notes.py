@@ -100,10 +100,10 @@ def _images_text(cards: Sequence[ObjectiveCard]) -> str:
     folders = {str((card.options or {}).get("root")) for card in cards if (card.options or {}).get("root")}
     if folders:  # a published set of corrupted images
         largest = _range_text([int((card.options or {}).get("n_images") or card.n_images) for card in cards])
-        return f"at most {largest} published images a condition ({', '.join(Path(folder).name for folder in sorted(folders))})"
+        return f"at most {largest} published images per condition ({', '.join(Path(folder).name for folder in sorted(folders))})"
     split = " and ".join(dict.fromkeys(card.split for card in cards))
     if len({card.seed for card in cards}) > 1:
-        choice = ", other ones for each seed where the split has more"
+        choice = ", different ones for each seed if the split has more"
     else:
         is_same = len({(card.split, card.n_images, str(card.data)) for card in cards}) == 1
         choice = ", the same for every run" if is_same else ""
@@ -121,7 +121,7 @@ def _tested_text(entry: Entry) -> str:
     is_one_process = trainer.get("devices") in (1, "1") and trainer.get("num_nodes", 1) == 1
     if is_one_process and isinstance(size, int):
         return f"at most {limit * size:,} test images"
-    return f"at most {limit} batches of test images a process"
+    return f"at most {limit} batches of test images per process"
 
 
 def _range_text(numbers: Sequence[int]) -> str:

@@ -99,7 +99,7 @@ class Table:
 
 
 def over_seeds(values: Mapping[str, Value], metric: str, style: str, expected: int) -> tuple[Cell, list[Problem]]:
-    """Return the cell of one value a seed, and what is wrong with it.
+    """Return the cell of one value per seed, and what is wrong with it.
 
     From `LEAST_SEEDS` seeds on it is their mean with its t-interval. Two seeds give an interval of 12.7 standard errors, which
     tells a reader nothing: fewer seeds give their values, ``0.31, 0.35``, equal ones once.
@@ -138,12 +138,12 @@ def seeds_text(counts: Sequence[int], has_few: bool = False) -> str:
     """
     fewest, most = min(counts), max(counts)
     if most == 1:
-        return "One seed a row: its values, no interval"
+        return "One seed per row: values without interval"
     if most < LEAST_SEEDS:
-        n_seeds = f"{most} seeds a row" if fewest == most else f"{fewest} to {most} seeds a row"
+        n_seeds = f"{most} seeds per row" if fewest == most else f"{fewest} to {most} seeds per row"
         return f"{n_seeds}: their values, equal ones once; no interval below {LEAST_SEEDS} seeds"
     n_seeds = str(most) if fewest == most else f"{fewest} to {most}"
-    text = f"Means over seeds ({n_seeds} a row), ± half of the 95% t-interval where they differ"
+    text = f"Means over seeds ({n_seeds} per row), ± half of the 95% t-interval where they differ"
     return (
         text
         if fewest >= LEAST_SEEDS and not has_few

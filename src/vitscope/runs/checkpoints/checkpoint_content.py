@@ -62,10 +62,10 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     plain = isinstance(noted, dict) and all(type(value) in (int, str) for value in noted.values())
     if not plain or type(content.get("global_step", 0)) is not int:
         raise CheckpointError(
-            "ckpt_path", path, "its note of where training stood is damaged", "use another checkpoint"
+            "ckpt_path", path, "its record of the training position is damaged", "use another checkpoint"
         )
     if noted and not all(type(noted.get(key)) is int and noted[key] >= 0 for key in ("epoch", "batch")):
-        raise CheckpointError("ckpt_path", path, "it does not say where training stood", "use another checkpoint")
+        raise CheckpointError("ckpt_path", path, "it has no record of the training position", "use another checkpoint")
     return noted
 
 

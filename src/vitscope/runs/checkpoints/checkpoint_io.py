@@ -180,7 +180,9 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
             "ckpt_path", path, "no such file", "name a checkpoint file; run=<folder> names a run's own"
         )
     if verify and not verified(path):
-        raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
+        raise CheckpointError(
+            "ckpt_path", path, "its hash differs from the one in manifest.json", "use another checkpoint"
+        )
     environment_values = {key: os.environ.pop(key) for key in _FORCED if key in os.environ}
     try:
         content = file_formats.load_plain(path)
@@ -189,7 +191,9 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError("ckpt_path", path, f"holds a {type(content).__name__}", "use a dictionary of tensors")
     if CONTENT_DIGEST in content and content.pop(CONTENT_DIGEST) != content_digest(content):
-        raise CheckpointError("ckpt_path", path, "its content is not what was written", "use another checkpoint")
+        raise CheckpointError(
+            "ckpt_path", path, "its hash differs from the one in manifest.json", "use another checkpoint"
+        )
     return content
 
 
@@ -223,7 +227,7 @@ def newest(folder: Path) -> Path:
                 )
             return folder / name
         warnings.warn(f"checkpoint {name} is damaged or missing: falling back to an earlier one", stacklevel=2)
-    raise CheckpointError("ckpt_path", folder, "no verified checkpoint", "start afresh without ckpt_path")
+    raise CheckpointError("ckpt_path", folder, "no verified checkpoint", "start a new run without ckpt_path")
 
 
 def _agrees_in_full(path: Path, entry: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Compare a checkpoint that training goes on from with what this training would save: keys, types, shapes, counters."""
+"""Compare a checkpoint that training resumes from with what this training would save: keys, types, shapes, counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitscope.runtime.errors import CheckpointError
 
 _REQUIRED = {"epoch": int, "global_step": int, "state_dict": dict, "loops": dict, "optimizer_states": list,
              "lr_schedulers": list, "callbacks": dict}  # fmt: skip
-#: key of weights beside ``state_dict``: those that training goes on with where ``state_dict`` holds averaged ones
+#: key of weights beside ``state_dict``: those that training resumes with where ``state_dict`` holds averaged ones
 _TRAINED_WEIGHTS = "current_model_state"
 
 

@@ -224,13 +224,13 @@ def _report(reading: WeightReading | None, averages: Sequence[str], path: Path) 
     if reading is None:
         return
     if reading.is_average:
-        _logger.info(f"ckpt_path={path}: took averages over training steps ({reading.place})")
+        _logger.info(f"ckpt_path={path}: loaded the averages over training steps ({reading.place})")
     elif averages:
-        _logger.info(f"ckpt_path={path}: took {reading.place}; ckpt=ema takes the averages ({', '.join(averages)})")
+        _logger.info(f"ckpt_path={path}: loaded {reading.place}; ckpt=ema loads the averages ({', '.join(averages)})")
     elif reading.other_names:
         names, n = ", ".join(reading.other_names[:3]), len(reading.other_names)
         _logger.info(
-            f"ckpt_path={path}: took {len(reading.tensors)} weights {reading.place}; {n} others are left out: {names}"
+            f"ckpt_path={path}: loaded {len(reading.tensors)} weights {reading.place}; {n} others are left out: {names}"
         )
 
 

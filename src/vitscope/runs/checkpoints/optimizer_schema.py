@@ -1,4 +1,4 @@
-"""Check the states of the optimizer and of the learning rate in a checkpoint that training goes on from."""
+"""Check the states of the optimizer and of the learning rate in a checkpoint that training resumes from."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from vitscope.runtime import safe_files
 
 #: address of MLflow's server: from the environment alone, since a run's configuration may be a stranger's
 MLFLOW_ADDRESS = "MLFLOW_TRACKING_URI"
-#: fact in ``provenance.json`` by which a resumed run goes on as the same run of MLflow
+#: fact in ``provenance.json`` by which a resumed run continues the same run of MLflow
 MLFLOW_RUN = "mlflow_run_id"
 
 

@@ -58,7 +58,7 @@ class RunMirror(WandbMirror):
                 action(logger)
             except Exception as error:  # whatever a logger raises, training goes on
                 del self._loggers[name]
-                _warn(name, error, "it gets no further rows; the metrics log has every row")
+                _warn(name, error, "it gets no further rows; metrics.jsonl has every row")
 
 
 def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
@@ -77,7 +77,7 @@ def start(cfg: DictConfig, run: Run, job_type: str) -> WandbMirror:
         except StorageError:
             raise
         except Exception as error:  # no server, a package that does not work
-            _warn(name, error, "not started; the metrics log has every row")
+            _warn(name, error, "not started; metrics.jsonl has every row")
     return RunMirror(mirror.run, loggers, mirror.uploads) if loggers else mirror
 
 

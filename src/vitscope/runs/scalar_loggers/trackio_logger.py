@@ -10,7 +10,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 
 class TrackioLogger(Logger):
-    """Sends scalars to a run of Trackio; a resumed run goes on as the same one.
+    """Sends scalars to a run of Trackio; a resumed run continues the same one.
 
     Args:
         project: Name of the project.
