@@ -110,8 +110,10 @@ def _choices(hint: Any) -> list[str]:
 def _wrong_word(value: Any, hint: Any) -> str | None:
     """Return the text, or the first one of a list, that a hint's ``Literal`` does not list; None where that is not the fault."""
     words = _choices(hint)
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return next((text for text in texts if isinstance(text, str) and text not in words), None) if words else None
+    if not words:
+        return None
+    entries = value if isinstance(value, list) else [value]
+    return next((entry for entry in entries if isinstance(entry, str) and entry not in words), None)
 
 
 def type_text(hint: Any, words: bool = False) -> str:
