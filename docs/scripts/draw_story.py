@@ -137,7 +137,8 @@ def page_block(facts: Mapping[str, Any], folder: str) -> str:
         *lines,
         f"{data}: the spectrum of {pictures['spectrum']['n_images']} training images, the loss of "
         f"{pictures['landscape']['n_images']}, the Fourier figure of {pictures['fourier']['n_images']} test images. Small "
-        f"networks after {epochs} epochs, seed {facts['seed']}, test accuracy {accuracies}. They are examples of one seed.",
+        f"networks after {epochs} epochs, seed {facts['seed']}, test accuracy {accuracies}. The pictures are examples of one "
+        "seed.",
         "[docs/findings.md](docs/findings.md) tests the paper's claims over seeds, [docs/gallery.md](docs/gallery.md) has more "
         "figures. Drawn by",
         "`python docs/scripts/draw_story.py --runs runs/reproduce-cifar10_small`.",

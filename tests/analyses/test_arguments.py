@@ -41,7 +41,7 @@ def test_a_network_without_training_is_not_compared_with_itself(
     untrained = dataclasses.replace(made, network=factories.model(made.cfg))
     with caplog.at_level(logging.INFO, "vitscope"):
         assert _supplied(untrained, name) is None
-    assert f"{name}: the model has the weights that it begins with" in caplog.text
+    assert f"{name}: these are the initial weights" in caplog.text
     double = dataclasses.replace(made, network=factories.model(made.cfg).double())
     assert _supplied(double, name) is None  # the same numbers in another precision
     with torch.no_grad():

@@ -53,7 +53,7 @@ def test_a_choice_shows_its_own_keys(help_of: Help) -> None:
     text = help_of("train", "data=folder", "data.root=mine", "--help", columns=120)
     assert text.startswith("data=folder: Any images in <root>/train/<class>/")
     assert re.search(r"data\.root=mine +where files are", text)
-    assert re.search(r"data\.source\.val_share=0\.1 +of each training class", text)
+    assert re.search(r"data\.source\.val_share=0\.1 +share of each training class", text)
     assert "model." not in text
     assert "analysis.cka.probe.n_images=2048" in help_of("analyze", "+analysis=cka", "--help")
     assert "logger.csv.flush_logs_every_n_steps=100" in help_of("train", "logger=[wandb,csv]", "--help")
@@ -66,11 +66,13 @@ def test_an_experiment_states_what_it_sets_on_lines_of_its_own(help_of: Help) ->
     assert {line.split()[0] for line in lines} >= {"Claim:", "Command:", "Cost:", "Expected"}
 
 
-@pytest.mark.parametrize("group", ["analysis", "data", "experiment", "logger"])
+@pytest.mark.parametrize(
+    "group", ["analysis", "callbacks", "data", "experiment", "logger", "objective", "optimizer", "trainer"]
+)
 def test_a_group_lists_its_choices_one_by_one(help_of: Help, group: str) -> None:
     text = help_of("train", group, "--help")
     for option in loading.options(group):
-        assert re.search(rf"^  ({group}=)?{option}\s+\S", text, re.MULTILINE), option
+        assert re.search(rf"^  ({group}=)?{option}( +|\n {{8,}})\S", text, re.MULTILINE), option
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -132,4 +134,5 @@ def test_descriptions_of_arguments_are_read_from_the_source() -> None:
     spectrum = argument_descriptions("vitscope.hessian_max_eigenvalue_spectrum")
     assert spectrum["n_top"]
     assert spectrum["budget_s"].endswith("None for all batches"), "an entry of several lines"
+    assert "**options" not in argument_descriptions("vitscope.models.timm_model")["grad_checkpointing"]
     assert argument_descriptions("torch.optim.AdamW") == {}

@@ -52,7 +52,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["trainer.max_time=abc"], "error: trainer: "),
         (
             ["trainer.max_epochs=-1", "trainer.max_time='00:00:01:00'"],
-            "error: optimizer.schedule.kind=cosine: a cosine ends",
+            "error: optimizer.schedule.kind=cosine: a cosine schedule",
         ),
         (["callbacks.checkpoint.mode=up"], "error: callbacks.checkpoint.mode=up: Expected mode to be 'min' or 'max'"),
         (["callbacks.lr_monitor.logging_interval=abc"], "error: callbacks.lr_monitor"),
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_optimizer(call, stopped, capsys, change) -> Non
     cfg.optimizer = {"_target_": "torch.optim.Rprop", "lr": 0.1, "schedule": cfg.optimizer.schedule}
     (stopped / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     assert call("train", f"run={stopped}", "trainer.max_epochs=2") == 4
-    assert one_line(capsys).startswith("error: optimizer: the checkpoint's own values")
+    assert one_line(capsys).startswith("error: optimizer: the values in the checkpoint")
 
 
 def test_a_new_run_from_a_file(call, tiny, stopped, tmp_path, capsys) -> None:

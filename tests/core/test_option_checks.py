@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import vitscope as vs
+from vitscope.core.checks.option_checks import check_options, checks_options
 from vitscope.core.measure_options import record_options
-from vitscope.core.option_checks import check_options, checks_options
 
 
 def check_order(low: float, high: float) -> None:

@@ -66,7 +66,7 @@ def test_no_image_ever_leaves_its_ball_or_the_pixel_range(norm: str) -> None:
     assert result.largest_change.max() <= radius * (1 + 1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:the first batch was hardly:UserWarning")  # as it is meant
+@pytest.mark.filterwarnings("ignore:the first batch does not look normalized:UserWarning")  # as it is meant
 def test_a_pixel_outside_the_range_stays_within_the_ball() -> None:
     pixels = images() + 0.7
     result = adversarial(probe_of(network(), pixels), epsilons=(4,), steps=3)

@@ -30,7 +30,7 @@ def test_only_noise_in_the_bins_a_model_looks_at_changes_its_answers(size: tuple
     assert result.n_images == 6
 
 
-@pytest.mark.filterwarnings("ignore:the first batch was hardly:UserWarning")  # images of 0
+@pytest.mark.filterwarnings("ignore:the first batch does not look normalized:UserWarning")  # images of 0
 def test_all_bands_have_the_same_rms_in_pixels_and_the_normalization_scales_it():
     seen = []
 

@@ -116,7 +116,7 @@ def test_a_wrong_product_under_vmap_is_noticed(monkeypatch: pytest.MonkeyPatch):
         vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), batches_at_once=2)
     # where the number was not asked for, the loop does it
     monkeypatch.setattr("vitscope.diagnostics.hessian._batchwise_spectrum.at_once", lambda *_: 2)
-    with pytest.warns(UserWarning, match="one batch after the other: .* differ by"):
+    with pytest.warns(UserWarning, match="mini-batches are measured one after the other: .* differ by"):
         found = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2)
     expected = vs.hessian_max_eigenvalue_spectrum(probe_of(model, x, y), n_top=2, batches_at_once=1)
     np.testing.assert_array_equal(found.eigenvalues, expected.eigenvalues)

@@ -101,7 +101,7 @@ def test_an_even_kernel_and_a_missing_grid_are_refused() -> None:
         SelfAttention(6, 2, grid=(8, 8), kernel_size=4)
     with pytest.raises(ValueError, match="odd, with a grid"):
         SelfAttention(6, 2, kernel_size=3)
-    with pytest.raises(ValueError, match="no attention mask from outside"):
+    with pytest.raises(ValueError, match="takes no mask from outside"):
         SelfAttention(6, 2)(torch.zeros(1, 4, 6), attn_mask=torch.zeros(4, 4))
 
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import check_options
 from vitscope.core.measure_options import with_options
-from vitscope.core.option_checks import check_options
 from vitscope.core.probe import Probe
 from vitscope.core.sharding.sharded_parameters import plain_weights
 from vitscope.core.shared_values.sharing import sharing_values

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitscope.core.option_checks import check_options
+from vitscope.core.checks.option_checks import check_options
 from vitscope.core.probe import Probe
 from vitscope.core.sharding.sharded_parameters import plain_weights
 
@@ -52,7 +52,7 @@ def record_options(measure: Callable[P, R]) -> Callable[P, R]:
     """Decorate a measure: its result's card gets the options it was called with, defaults included.
 
     An argument may be passed under another of the `EQUIVALENT` names; the card has the measure's own. The checks that the
-    measure declares (`vitscope.core.option_checks`) run before it. A model whose weights are
+    measure declares (`vitscope.core.checks.option_checks`) run before it. A model whose weights are
     sharded over ranks has whole copies of them for the time of the measure, but for measures of `KEEP_SHARDS`; all ranks call it
     together.
     """

@@ -51,8 +51,8 @@ class DataModule(pl.LightningDataModule):
         num_classes: Number of classes, checked against the data.
         mean: Mean of each channel, pixels in [0, 1].
         std: Standard deviation of each channel, pixels in [0, 1].
-        batch_size: Training images a batch and rank.
-        eval_batch_size: Images a batch and rank in evaluation.
+        batch_size: Training images per batch and rank.
+        eval_batch_size: Images per batch and rank in evaluation.
         fraction: Share of each class's training images that is used.
         num_workers: Worker processes of each loader.
         seed: Seed of order and augmentation.

@@ -33,7 +33,7 @@ def timm_model(
         name: Architecture, with the tag of its weights after a dot if there are several.
         num_classes: Number of logits; None: the weights' own.
         image_size: Image size for models that are built for one (ViT, Swin, Mixer, ...); others take any.
-        pretrained: Load timm's weights: from its cache, else from the hub. What the hub raises is raised.
+        pretrained: Load timm's weights from its cache or from the hub; errors of the hub are raised.
         in_chans: Channels of the images.
         grad_checkpointing: Trade a second forward pass for activation memory in training, where timm can.
         **options: Passed on to timm.

@@ -98,7 +98,7 @@ def test_outputs_that_depend_on_the_other_images_are_noticed(measure: str) -> No
     assert "('norm' has no running statistics): those of 2 images" in text
     for measure_of_outputs in ("accuracy", "maps"):
         (text,) = notices(model, measure_of_outputs)
-        assert "('norm' has no running statistics); what follows" in text
+        assert "('norm' has no running statistics); the results hold" in text
 
 
 def test_batch_statistics_that_were_asked_for_are_not_noticed() -> None:

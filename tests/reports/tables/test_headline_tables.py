@@ -291,7 +291,7 @@ def test_the_caption_says_which_images_a_column_of_robustness_used(make_run: Cal
     note = build(tmp_path).note
     assert note.startswith("2 seeds per row: their values")
     assert (
-        "Robust accuracy (mean over types and severities of corruption): on 16 test images, other ones for each seed where the "
+        "Robust accuracy (mean over types and severities of corruption): on 16 test images, different ones for each seed if the "
         "split has more. accuracy, NLL, ECE: on at most 256 test images."
     ) in note
     assert "Robust" not in build(tmp_path, "curvature").note

@@ -12,7 +12,7 @@ from vitscope.config import instantiate, loading, target_allowlist
 from vitscope.config.loading import NODE_KEYS
 from vitscope.config.ranges.library_options import MeasurementTimes, ProbeOptions
 from vitscope.config.signature_checks import check_node, fits, shown, type_text
-from vitscope.core.option_checks import check_options
+from vitscope.core.checks.option_checks import check_options
 from vitscope.runtime import errors
 from vitscope.runtime.errors import CheckpointError, ConfigError
 

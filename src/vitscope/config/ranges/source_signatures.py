@@ -60,7 +60,7 @@ def _documented_arguments(definition: Definition) -> dict[str, str]:
     for line in (ast.get_docstring(definition) or "").splitlines():
         if line and not line.startswith(" "):
             is_section, name = line in ("Args:", "Attributes:"), ""
-        elif is_section and (entry := re.match(r"    (\w+): (.+)", line)):
+        elif is_section and (entry := re.match(r"    \*{0,2}(\w+): (.+)", line)):
             name = entry[1]
             descriptions[name] = entry[2]
         elif is_section and name and line.strip():

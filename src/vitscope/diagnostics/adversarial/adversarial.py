@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitscope.core.checks.independent_images import refuse_dependent_images
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.evaluation import evaluate
 from vitscope.core.input_normalization import Pixels, pixels_of
@@ -19,7 +20,6 @@ from vitscope.core.losses.requirements import check_classes, check_images, class
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import Objective, hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import feature_pass_cost
 from vitscope.core.cost.measure_cost import Options, Workload, declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.running_mean import estimate_lists
@@ -177,11 +177,11 @@ def attention_maps(
 
     Args:
         probe: model and images.
-        images: maps are kept of as many images, the first of the probe; means are over all.
+        images: number of images (the first of the probe) whose maps are kept; means are over all images.
         query: ``class`` for the class token, ``mean`` for the mean over queries on the map, or row and column of a pixel, whose
             position is the query. ``auto`` is the class token where every layer has one, else the mean.
         layers: units by name or by number from 0, negative ones from the end, taken by depth; None for all that can be read.
-        heads: numbers of heads from 0, taken once each in ascending order; None for all. The rollouts have all.
+        heads: numbers of heads from 0, taken once each in ascending order; None for all. Rollouts use all heads.
         mass: share of a map's attention that its mask holds.
         gradient: whether to follow gradients for a class, which takes a backward pass of the first images.
         class_index: the class of the gradients; None for the model's own decision on each image.

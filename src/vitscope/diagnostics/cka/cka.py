@@ -120,7 +120,7 @@ def cka(
         probe: model, images and taps; at least four images a batch.
         other: a second model with the same images in the same batches (each with its own normalization).
         n_permutations: stage boundaries drawn for the null of the block structure; 0 leaves the p-value out.
-        seed: seed of that draw.
+        seed: seed of the drawn stage boundaries.
 
     Raises:
         ValueError: a probe without taps, no batch of four images, images or targets that differ between the probes or come in

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import feature_pass_cost
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.feature_pass import run_feature_pass, shares_pass
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.tap import Tap

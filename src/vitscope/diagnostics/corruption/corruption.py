@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.input_normalization import pixels_of
 from vitscope.core.losses.requirements import check_classes, check_images, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows

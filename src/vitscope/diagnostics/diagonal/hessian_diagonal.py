@@ -111,7 +111,7 @@ def hessian_diagonal(
     Args:
         probe: the model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``exact``.
-        n_vectors: products of ``hutchinson``.
+        n_vectors: random vectors of ``hutchinson``, each of which costs a product.
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import EVALUATION, guard_checks
 from vitscope.core.cost.measure_cost import Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes, class_loss
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import hard_targets, labeled
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.diagnostics.evaluation._class_order import warn_of_other_order

@@ -9,12 +9,12 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import changed_evaluations, guard_checks
 from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, declares_cost
 from vitscope.core.losses.requirements import check_classes, check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows

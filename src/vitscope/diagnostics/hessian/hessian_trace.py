@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.linalg.basis_memory import BasisBuffer

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from vitscope.core.batches.batch_inputs import joined
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import EVALUATION
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective import labeled
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Batch, Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows
@@ -129,7 +129,7 @@ def nep_stability(
         ks: numbers of eigenvalues.
         batch_sizes: multiples of the probe's batch size that do not exceed its images; others are left out.
         tols: relative errors at which to stop.
-        mixup: whether to add that setting.
+        mixup: whether to measure with mixup too.
         k: eigenvalues where k is not what varies (``n_top`` is accepted too).
         partial: rows already done.
         curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see

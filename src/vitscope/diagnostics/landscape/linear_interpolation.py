@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints
@@ -131,8 +131,8 @@ def linear_interpolation(
         end: label of the weights at t = 1, or ``model`` for the probe's own; by default the last of several
             checkpoints, and the probe's own where there is one checkpoint.
         n: points.
-        t_min: the first; below 0 extrapolates.
-        t_max: the last.
+        t_min: first position on the line; below 0 extrapolates.
+        t_max: last position on the line; above 1 extrapolates.
         bn: ``eval``: running statistics, interpolated like the weights; ``recalibrate``: recomputed at each point, as networks
             with BatchNorm need between independent solutions.
         alignment: ``none``; ``weights`` or ``activations``: the start's units are permuted to match the end's before, which

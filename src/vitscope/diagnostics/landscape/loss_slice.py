@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import GRADIENT, evaluations, guard_checks
 from vitscope.core.cost.measure_cost import ENTRY, Count, MeasureCost, Options, Work, Workload, declares_cost
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import Result
 from vitscope.core.run_inputs import ResumableRows, RunCheckpoints

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.measure_cost import declares_cost
 from vitscope.core.losses.requirements import check_image_losses
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import UNIT_COORDINATES, Result
 from vitscope.core.run_inputs import ResumableRows

@@ -14,12 +14,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import nn
 
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.core.cost.image_passes import trained_and_untrained_passes
 from vitscope.core.cost.measure_cost import MeasureCost, Options, Workload, WorkUnit, declares_cost
 from vitscope.core.losses.requirements import check_images
 from vitscope.core.measure_options import record_options
 from vitscope.core.objective_card import ObjectiveCard
-from vitscope.core.option_checks import checks_options
 from vitscope.core.probe import Probe
 from vitscope.core.results.result import TAP_COORDINATES, Result
 from vitscope.core.run_inputs import UntrainedModel

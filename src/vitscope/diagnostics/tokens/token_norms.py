@@ -193,7 +193,7 @@ def token_norms(
 
     Args:
         probe: model and images.
-        threshold: norm above which a token is an artefact, the same at every tap; None for the rule above at each tap.
+        threshold: norm above which a token is an artefact, the same at every tap; None for the default rule at each tap.
         norm_images: images whose norms are kept, the first ones of the probe, four bytes a token and tap; thresholds,
             shares, quantiles and frequencies are theirs. None for all.
         positions: largest number of positions of a map, drawn once, for the median magnitude; None for all.

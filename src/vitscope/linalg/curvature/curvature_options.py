@@ -10,7 +10,7 @@ from typing import Any, Literal, ParamSpec, TypedDict, TypeVar, get_args, get_ty
 
 import torch
 
-from vitscope.core.option_checks import checks_options
+from vitscope.core.checks.option_checks import checks_options
 from vitscope.linalg.basis_memory import Placement, check_placement
 from vitscope.linalg.curvature.curvature_operator import OperatorKind, ProductKind, check_operator
 from vitscope.linalg.eigensolver import check_stopping_rule
@@ -56,8 +56,8 @@ class CurvatureOptions:
             quarter of the free memory.
         basis: place of the Lanczos basis: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
             for the first of these that has space. Ranks that search together hold a share of its columns each.
-        checkpoint_blocks: keep of each block of the model's structure its inputs alone, and compute it again in every product:
-            less memory, about half as much time more.
+        checkpoint_blocks: keep only the inputs of each block of the model's structure, and compute the block again in every
+            product: less memory, about 1.5 times the time.
         seed: seed of start vectors, random vectors and drawn labels.
 
     Raises:
@@ -159,7 +159,7 @@ def curvature_arguments(*names: str, **defaults: Any) -> Callable[[Callable[P, R
     Without names, the function takes the fields of the typed dictionary of ``**curvature``, which editors complete as well. The
     signature and the annotations of the function list the fields in place of ``curvature``, with their types and defaults, so
     that `help`, configurations and result cards see ordinary keyword arguments. The values are checked as `CurvatureOptions`
-    does (`vitscope.core.option_checks`).
+    does (`vitscope.core.checks.option_checks`).
 
     Args:
         names: The fields that the function takes where no typed dictionary has just these.
