@@ -34,7 +34,8 @@ def note_other_normalization(cfg: DictConfig, network: nn.Module, chosen_keys: C
     if cfg.model.get("_target_") != _TIMM or not isinstance(recorded, dict) or data.get("transform") == "model":
         return
     is_of_files = (data.get("source") or {}).get("_target_") in _OF_FILES
-    if not (cfg.model.get("pretrained") or (has_file and is_of_files)) or {"data.mean", "data.std"} & set(chosen_keys):
+    is_trained = cfg.model.get("pretrained") or (has_file and is_of_files)
+    if not is_trained or {"data.mean", "data.std"} & set(chosen_keys):
         return
     if all(_are_close(data.get(key), recorded.get(key)) for key in ("mean", "std")):
         return

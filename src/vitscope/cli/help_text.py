@@ -192,11 +192,13 @@ def choice_rows(cfg: DictConfig, group: str, file: Path) -> list[tuple[str, str]
     comments = comments_of(file) if file.is_file() else FileComments()
     place = f"{group}.{file.stem}" if f"@package {group}." in _first_line(file) else group
     node = OmegaConf.select(cfg, place)
-    target = (
-        str(node.get("_target_", "")) if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, "_target_") else ""
-    )
+    if node is None:
+        return []
+    target = ""
+    if OmegaConf.is_dict(node) and not OmegaConf.is_missing(node, "_target_"):
+        target = str(node.get("_target_", ""))
     rows = []
-    for dotted, text in _leaves(cfg, place) if node is not None else ():
+    for dotted, text in _leaves(cfg, place):
         relative = dotted.removeprefix(f"{place}.")
         if relative.rpartition(".")[2] not in ("_target_", "_partial_") or text == "???":
             comment = comments.keys.get(relative) or _comment(group, relative, target)

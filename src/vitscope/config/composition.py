@@ -127,12 +127,12 @@ def check_search_path(entries: Any) -> None:
 def _check_environment(hydra: DictConfig) -> None:
     for key in ("env_set", "env_copy"):
         node = OmegaConf.select(hydra, f"job.{key}") if not OmegaConf.is_missing(hydra, "job") else None
-        for name in list(node) if node is not None else ():
+        names = list(node) if node is not None else []
+        for name in names:
             if str(name) not in VARIABLES:
-                grants = "TRUST" in str(name).upper()
-                reason = (
-                    "a configuration must not grant trust" if grants else "not a variable that a configuration may set"
-                )
+                reason = "not a variable that a configuration may set"
+                if "TRUST" in str(name).upper():
+                    reason = "a configuration must not grant trust"
                 raise ConfigError(f"hydra.job.{key}", name, reason, f"set {name} in the environment of the command")
 
 
@@ -197,7 +197,8 @@ def _chosen(overrides: Sequence[str]) -> set[str]:
 
 def _check_launcher(tree: Any, overrides: Sequence[str]) -> None:
     overridden_keys = _chosen(overrides)
-    for key in _SHELL & set(tree) if isinstance(tree, Mapping) else ():
+    shell_keys = _SHELL & set(tree) if isinstance(tree, Mapping) else set()
+    for key in shell_keys:
         place = f"hydra.launcher.{key}"
         if tree[key] and not any(name == place or name.startswith(f"{place}.") for name in overridden_keys):
             raise ConfigError(place, None, "reaches a shell, so that no file may set it", "set it on the command line")

@@ -129,7 +129,9 @@ def _right_key(key: str, parent: Any) -> str:
 
 def _dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys below a node, those of Hydra's own left out."""
-    for key in node if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing()) else ():
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    for key in node:
         dotted = f"{prefix}{key}"
         if dotted == "hydra":
             continue

@@ -109,8 +109,10 @@ def experiment(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, An
     """
     if facts.get("command") == "analyze":
         return {**identity(cfg), "weights": cfg.get("ckpt_path")}
-    changes = changed_lengths(cfg, facts)
-    return {**identity(cfg), "weights": _start(facts), **({"changed_lengths": changes} if changes else {})}
+    definition = {**identity(cfg), "weights": _start(facts)}
+    if changes := changed_lengths(cfg, facts):
+        definition["changed_lengths"] = changes
+    return definition
 
 
 def is_from_initial_weights(cfg: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
@@ -343,8 +345,6 @@ def _said(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, list | tuple):
         return "(" + ",".join(map(_said, value)) + ")"
-    return (
-        {None: "default", True: "on", False: "off"}.get(value, str(value))
-        if not isinstance(value, int) or isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, int) and not isinstance(value, bool):  # 1 and 0 are keys as True and False
+        return str(value)
+    return {None: "default", True: "on", False: "off"}.get(value, str(value))

@@ -46,11 +46,12 @@ def check_node(
     for place, inner in instantiate.targets(node, path):
         target_allowlist.check_role(inner, place)
         target = target_allowlist.resolve(inner["_target_"], place)
-        reserved_keys = (*instantiate.RESERVED, *(extra if place == path else ()))
+        reserved_keys, supplied_names = set(instantiate.RESERVED), ()
+        if place == path:
+            reserved_keys |= set(extra)
+            supplied_names = supplied(target) if supplied is not None else ()
         arguments = {key: value for key, value in inner.items() if key not in reserved_keys}
-        check_arguments(
-            place, arguments, target, supplied=supplied(target) if supplied is not None and place == path else ()
-        )
+        check_arguments(place, arguments, target, supplied=supplied_names)
 
 
 def check_arguments(
@@ -109,8 +110,10 @@ def _choices(hint: Any) -> list[str]:
 def _wrong_word(value: Any, hint: Any) -> str | None:
     """Return the text, or the first one of a list, that a hint's ``Literal`` does not list; None where that is not the fault."""
     words = _choices(hint)
-    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return next((text for text in texts if isinstance(text, str) and text not in words), None) if words else None
+    if not words:
+        return None
+    entries = value if isinstance(value, list) else [value]
+    return next((entry for entry in entries if isinstance(entry, str) and entry not in words), None)
 
 
 def type_text(hint: Any, words: bool = False) -> str:

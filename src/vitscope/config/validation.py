@@ -102,7 +102,9 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
     """Check the keys outside groups, and that every group is there and is one."""
     is_analysis = bool({"device", "reuse"} & set(tree))
     groups, keys = _roots("analyze" if is_analysis else "train")
-    needed = groups - {"profile", "experiment", "caps", "logger", "probe", *(("trainer",) if is_analysis else ())}
+    needed = groups - {"profile", "experiment", "caps", "logger", "probe"}
+    if is_analysis:
+        needed -= {"trainer"}
     groups = groups | {"optimizer"}  # analyze.py takes it over from the run
     for key, value in tree.items():
         if key not in keys and key not in groups:
@@ -111,9 +113,9 @@ def _check_roots(tree: Mapping[str, Any], *, whole: bool) -> None:
             raise ConfigError(key, shown(value), "not a group", f"choose one of {', '.join(loading.options(key))}")
         if key in keys and not any(fits(value, kind) for kind in keys[key]):
             raise ConfigError(key, shown(value), f"not {_named(keys[key])}", f"give {_named(keys[key])}")
-    for key in sorted(keys) if whole else ():
-        if key not in tree:
-            raise ConfigError(key, None, "is missing", f"leave out ~{key}")
+    missing_keys = sorted(set(keys) - set(tree))
+    if whole and missing_keys:
+        raise ConfigError(missing_keys[0], None, "is missing", f"leave out ~{missing_keys[0]}")
     for group in sorted(needed - {key for key, value in tree.items() if isinstance(value, Mapping)}):
         raise ConfigError(group, None, "is missing", f"choose one of {', '.join(loading.options(group))}")
 

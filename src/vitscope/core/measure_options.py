@@ -110,11 +110,14 @@ def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> Non
         TypeError: it is given under both names.
     """
     own_names = [name for name in EQUIVALENT if name in names]
-    for other in EQUIVALENT if len(own_names) == 1 else ():
+    if len(own_names) != 1:
+        return
+    own_name = own_names[0]
+    for other in EQUIVALENT:
         if other in arguments and other not in names:
-            if own_names[0] in arguments:
-                raise TypeError(f"Expected {own_names[0]} or {other}, which are the same argument, received both.")
-            arguments[own_names[0]] = arguments.pop(other)
+            if own_name in arguments:
+                raise TypeError(f"Expected {own_name} or {other}, which are the same argument, received both.")
+            arguments[own_name] = arguments.pop(other)
 
 
 def with_options(result: Any, measure: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

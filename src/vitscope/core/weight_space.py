@@ -200,13 +200,15 @@ def recalibrate(model: nn.Module, batches: Iterator[Batch]) -> None:
     Modes and momenta are put back; the statistics stay. A model without BatchNorm is left alone.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNormBase) and m.track_running_stats]
+    if not norms:
+        return
     before = [(norm, norm.momentum, norm.training) for norm in norms]
     try:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a cumulative average
             norm.training = True  # of this layer alone: a dropout that it holds stays off
-        for x, _ in batches if norms else ():
+        for x, _ in batches:
             model(x)
     finally:
         for norm, momentum, training in before:

@@ -119,10 +119,8 @@ class DataModule(pl.LightningDataModule):
         self.batch_size = range_checks.integer("data.batch_size", batch_size, 1)
         self.eval_batch_size = range_checks.integer("data.eval_batch_size", eval_batch_size, 1)
         self.num_workers = range_checks.integer("data.num_workers", num_workers, 0)
-        self.seed, self.split_seed = (
-            range_checks.integer("data.seed", seed, 0),
-            range_checks.integer("data.split_seed", split_seed, 0),
-        )
+        self.seed = range_checks.integer("data.seed", seed, 0)
+        self.split_seed = range_checks.integer("data.split_seed", split_seed, 0)
         if not 0 < fraction <= 1:
             raise ConfigError("data.fraction", fraction, "not in (0, 1]", "give the share of each class to train on")
         self.fraction, self.random_labels, self.drop_last = float(fraction), random_labels, drop_last
@@ -304,10 +302,9 @@ class DataModule(pl.LightningDataModule):
             objective: the keys of a file of `conf/objective`.
         """
         other = copy.copy(self)
-        keys = ("augment", "random_erasing")
-        other.recipe = replace(self.recipe, **{key: objective[key] for key in keys})
-        keys = ("mixup", "cutmix", "switch_prob", "label_smoothing")
-        other.mixing = Mixing(*(float(objective[key]) for key in keys))
+        other.recipe = replace(self.recipe, augment=objective["augment"], random_erasing=objective["random_erasing"])
+        mixing_keys = ("mixup", "cutmix", "switch_prob", "label_smoothing")
+        other.mixing = Mixing(**{key: float(objective[key]) for key in mixing_keys})
         return other
 
     def mixed(self, x: Tensor, y: Tensor, seed: tuple[int, ...]) -> Batch:

@@ -56,11 +56,11 @@ def quadrature_rule(operator: SymmetricOperator, seed: int, n_steps: int, memory
         process.step()
     ritz = process.ritz()
     error = float(getattr(operator, "product_error", 0.0))  # operators of others state none
-    differences = getattr(operator, "differences", None)
-    return {
+    row = {
         "nodes": ritz.values,
         "weights": ritz.vectors[0] ** 2,
         "residuals": ritz.residuals + error,
         "resolution": process.resolution(ritz) + error,
-        **({} if differences is None else differences.facts()),
     }
+    differences = getattr(operator, "differences", None)
+    return row if differences is None else {**row, **differences.facts()}

@@ -199,9 +199,9 @@ def _tables(
     tag = cfg.tag if cfg.tag not in (None, "all") else run_entry.END
     selection = Selection(entries, tag, bool(cfg.allow_different), or_newest=cfg.tag is None)
     costs = Costs()
-    crossed = (
-        factorial_tables.write_factorial_tables(selection, out) if cfg.table in (None, *factorial_tables.NAMES) else {}
-    )
+    crossed: dict[str, Table] = {}
+    if cfg.table in (None, *factorial_tables.NAMES):
+        crossed = factorial_tables.write_factorial_tables(selection, out)
     if cfg.table in factorial_tables.NAMES:
         return _written({cfg.table: crossed[cfg.table]}, out), []
     table_names = [cfg.table] if cfg.table else [name for name in TABLES if name not in factorial_tables.NAMES]
@@ -209,12 +209,12 @@ def _tables(
     models = list(cfg.expect.models or []) if cfg.table else []
     seeds = [int(seed) for seed in cfg.expect.seeds or []] if cfg.table else []
     labels, order = loading.plain(cfg.labels), list(cfg.order or [])
-    tables = {
-        name: claim_verdicts.table(judged, study_export.data_names(entries))
-        if name == "claims"
-        else headline_tables.build(name, selection, costs, models, seeds, labels, order)
-        for name in table_names
-    }
+    tables: dict[str, Table] = {}
+    for name in table_names:
+        if name == "claims":
+            tables[name] = claim_verdicts.table(judged, study_export.data_names(entries))
+        else:
+            tables[name] = headline_tables.build(name, selection, costs, models, seeds, labels, order)
     tables |= {name: table for name, table in crossed.items() if table.rows}
     return _written(tables, out), judged
 
@@ -239,9 +239,11 @@ def _panels(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> list[figure_
         order=list(cfg.order or []),
         allow_different=bool(cfg.allow_different),
     )
+    if not planned:
+        return planned
     names = {curve.label for panel in planned for curve in panel.curves}
     for key, stated_names in (("order", cfg.order or []), ("colors", cfg.colors or {})):
-        for name in stated_names if planned else []:
+        for name in stated_names:
             if name not in names and not (key == "colors" and name in KIND_COLORS):
                 raise ConfigError(key, name, "no such name in a legend", errors.nearest(str(name), names))
     return planned
@@ -289,10 +291,10 @@ def _log_problems(problems: Sequence[Problem], strict: bool, cfg: DictConfig) ->
     An analysis that nobody named is not asked for: the page alone says that a table lacks it.
     """
     table, analyses = cfg.table, _analyses(cfg) or []
-    asked_problems = [
-        problem for problem in problems if strict or table or problem.kind == FAILED or problem.metric in analyses
-    ]
-    listed_problems = asked_problems if strict or table else asked_problems[:MOST_LINES]
+    asked_problems = listed_problems = list(problems)
+    if not strict and not table:
+        asked_problems = [problem for problem in problems if problem.kind == FAILED or problem.metric in analyses]
+        listed_problems = asked_problems[:MOST_LINES]
     for problem in listed_problems:
         log_problem(_logger, str(problem))
     if len(listed_problems) < len(asked_problems):

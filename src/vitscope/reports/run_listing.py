@@ -126,7 +126,9 @@ def state(entry: Entry) -> str:
 def experiment_name(facts: Mapping[str, Any]) -> str:
     """Return the experiments that the recorded command line names, joined by commas."""
     arguments = facts.get("arguments")
-    for argument in reversed(arguments if isinstance(arguments, list) else []):
+    if not isinstance(arguments, list):
+        return ""
+    for argument in reversed(arguments):
         if match := re.fullmatch(r"\+{0,2}experiment=(.*)", str(argument)):
             return ",".join(name.strip() for name in match[1].strip("[]'\"").split(",") if name.strip() != "null")
     return ""

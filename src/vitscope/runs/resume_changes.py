@@ -70,8 +70,9 @@ def changes(stored: DictConfig, cfg: DictConfig) -> list[Change]:
         tree["objective"] = loading.without_default_loss(tree.get("objective"))
         for key in INVOCATION:
             tree.pop(key, None)
-        for key in loading.MODEL_HINTS if isinstance(tree.get("model"), dict) else ():
-            tree["model"].pop(key, None)  # stated of the model and not passed to it
+        if isinstance(tree.get("model"), dict):
+            for key in loading.MODEL_HINTS:
+                tree["model"].pop(key, None)  # stated of the model and not passed to it
     return list(_differences(old, new, ""))
 
 
@@ -135,10 +136,9 @@ def record(run: Run, cfg: DictConfig, changes: Sequence[Change], step: int) -> N
     earlier = noted if isinstance(noted, list) else []
     rows = [{"step": step, "key": change.key, "old": change.old, "new": change.new} for change in changes]
     every = [*earlier, *(row for row in rows if row not in earlier)]
+    facts: dict[str, Any] = {"changes": every} if every else {}
     # a process of another rank that reads the new configuration has to find a run that goes on
-    run.note(
-        status="running", config_hash=experiment_identity.config_hash(cfg), **({"changes": every} if every else {})
-    )
+    run.note(status="running", config_hash=experiment_identity.config_hash(cfg), **facts)
     if changes:
         atomic_write.write_atomically(run.path / "config.yaml", OmegaConf.to_yaml(now).encode())
 

@@ -137,8 +137,9 @@ def _clean_mapping(mapping: Mapping[Any, Any], above: str) -> dict[Any, Any]:
     named = _named_value(mapping)
     clean = {}
     for key, item in mapping.items():
+        shown_key = masked(key) if isinstance(key, str) else key
         is_hidden = (key == named or _is_secret_below(above, key, item)) and _tells(item)
-        clean[masked(key) if isinstance(key, str) else key] = REDACTED if is_hidden else _clean(item, str(key))
+        clean[shown_key] = REDACTED if is_hidden else _clean(item, str(key))
     return clean
 
 

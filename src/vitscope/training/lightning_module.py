@@ -180,8 +180,8 @@ class Classifier(pl.LightningModule):
         with still_statistics(self.model, ascended):
             logits = self(x)
         objective = self.soft_objective if y.ndim == 2 else self.hard_objective
-        full_precision_logits = logits.float() if logits.dtype != torch.float64 else logits
-        loss = objective.data_loss(full_precision_logits, y) if n_labeled(y) else full_precision_logits.sum() * 0
+        exact_logits = _in_full_precision(logits)
+        loss = objective.data_loss(exact_logits, y) if n_labeled(y) else exact_logits.sum() * 0
         return loss, logits, y
 
     def _loss_at_ascent(self) -> Tensor:
@@ -220,10 +220,8 @@ class Classifier(pl.LightningModule):
             for p in self.model.parameters():
                 if p.grad is not None:
                     p.grad.mul_(factor)
-        if (
-            not self._second_pass()
-            and (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0
-        ):
+        interval = max(getattr(self.trainer, "log_every_n_steps", 1), 1)
+        if (self.global_step + 1) % interval == 0 and not self._second_pass():
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.log("train/grad_norm", whole_tensor(get_total_norm(gradients)))
 
@@ -250,11 +248,9 @@ class Classifier(pl.LightningModule):
         """Keep what a resumed run needs besides Lightning's own state."""
         epoch, batch = self._position
         is_epoch_over = batch >= self._batches_per_epoch()
-        pending = (
-            resume_state.mark_unfinished_epoch(self.trainer, checkpoint, is_epoch_over)
-            if self.trainer.state.fn == "fit"
-            else None
-        )
+        pending = None
+        if self.trainer.state.fn == "fit":
+            pending = resume_state.mark_unfinished_epoch(self.trainer, checkpoint, is_epoch_over)
         # of all ranks: one sum where it goes on
         n_correct, n_images = map(sum, zip(*gather_objects(self._counts.tolist())))
         if is_epoch_over:
@@ -275,8 +271,7 @@ class Classifier(pl.LightningModule):
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         x, y = batch
         counts = labeled(y)
-        logits = self(x)[counts]
-        logits = logits.float() if logits.dtype != torch.float64 else logits
+        logits = _in_full_precision(self(x)[counts])
         y = hard_targets(y)[counts]
         probabilities = logits.softmax(dim=1)
         n = len(y)
@@ -321,6 +316,10 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
     # NaN stays NaN: by default torchmetrics leaves such batches out of the mean, and "disable" drops the weights
     means = {name: MeanMetric(nan_strategy=float("nan")) for name in ("loss", "nll", "brier")}
     return nn.ModuleDict({"scores": scores, **means})
+
+
+def _in_full_precision(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype != torch.float64 else logits
 
 
 def _restore_rates(scheduler: Any) -> None:

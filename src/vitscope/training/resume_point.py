@@ -62,12 +62,9 @@ def find_resume_point(cfg: DictConfig, run: Run | None) -> ResumePoint:
         take_up_run(run, cfg)
     checkpoint = _checkpoint_to_read(cfg, run)
     changes = allowed_changes(cfg, run, checkpoint)
-    is_finished = (
-        run is not None
-        and checkpoint is not None
-        and run.provenance().get("status") == "finished"
-        and not has_steps_left(cfg, changes, checkpoint)
-    )
+    is_finished = False
+    if run is not None and checkpoint is not None and run.provenance().get("status") == "finished":
+        is_finished = not has_steps_left(cfg, changes, checkpoint)
     return ResumePoint(run, checkpoint, changes, is_finished)
 
 

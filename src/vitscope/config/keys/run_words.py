@@ -25,6 +25,8 @@ def check_run_words(tree: Mapping[str, Any]) -> None:
         raise ConfigError("name", repr(name), reason, f"write name={suggestion}")
     if isinstance(tags, str):
         raise ConfigError("tags", tags, "not a list", f"write tags=[{tags}]")
-    for tag in tags if isinstance(tags, list) else ():
+    if not isinstance(tags, list):
+        return
+    for tag in tags:
         if isinstance(tag, str) and (not tag.strip() or "," in tag):
             raise ConfigError("tags", repr(tag), "a tag is empty or holds a comma", "write tags=[first,second]")

@@ -82,7 +82,8 @@ def _check_arguments(node: Mapping[str, Any], target: Callable[..., Any]) -> Non
     except (TypeError, ValueError):  # one of C code
         return
     keywords = {key: value for key, value in node.items() if key not in instantiate.RESERVED}
+    outputs_and_targets = [] if inspect.isclass(target) else [None, None]
     try:
-        signature.bind(*([] if inspect.isclass(target) else [None, None]), **keywords)
+        signature.bind(*outputs_and_targets, **keywords)
     except TypeError as error:
         raise ConfigError(f"{KEY}._target_", node["_target_"], str(error), "see its arguments") from None

@@ -116,8 +116,10 @@ def _arguments(module: str, definition: Definition) -> Iterator[ast.arg]:
     unpacked = getattr(signature.kwarg, "annotation", None)  # **options: Unpack[Options]
     if isinstance(unpacked, ast.Subscript) and isinstance(unpacked.slice, ast.Name):
         options = _definition(module, unpacked.slice.id)
+        if options is None:
+            return
         selected_names = _selected_names(definition)
-        for argument in _arguments(*options) if options is not None else ():
+        for argument in _arguments(*options):
             if not selected_names or argument.arg in selected_names:
                 yield argument
 

@@ -46,7 +46,8 @@ class BatchFormat:
         targets: Key | None = None,
     ) -> None:
         for name, value in (("output", output), ("targets", targets)):
-            if value is not None and (isinstance(value, bool) or not (isinstance(value, str | int) or callable(value))):
+            is_key = isinstance(value, str | int) and not isinstance(value, bool)
+            if value is not None and not is_key and not callable(value):
                 raise ValueError(
                     f"Expected {name} to be a key, an index or a function, received {described_value(value)}: e.g. "
                     f"{name}={'logits' if name == 'output' else TARGETS!r}."

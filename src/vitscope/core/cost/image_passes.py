@@ -132,13 +132,10 @@ def trained_and_untrained_passes(
     passes = [Work(unit, repeats, n)]
     if first_unit is not None:
         passes = [Work(unit, repeats, n - n_first), Work(first_unit, repeats, n_first)]
-    works = [
-        *passes,
-        *([Work(evaluation, repeats, n_first, is_divided=False)] if evaluation is not None else []),
-        Work(TAPS, Count.exactly(n_searches), workload.first_batch, is_divided=False),
-        *checks,
-    ]
-    return MeasureCost(works, held_bytes=(n_models - 1.0) * workload.parameter_bytes)
+    if evaluation is not None:
+        passes.append(Work(evaluation, repeats, n_first, is_divided=False))
+    searches = Work(TAPS, Count.exactly(n_searches), workload.first_batch, is_divided=False)
+    return MeasureCost([*passes, searches, *checks], held_bytes=(n_models - 1.0) * workload.parameter_bytes)
 
 
 def feature_pass_cost(

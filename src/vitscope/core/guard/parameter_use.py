@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,22 @@ def parameter_owners(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def ineffective_parameters(
-    model: nn.Module, x: Inputs, values: bool
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return trainable parameters without an effect on the outputs, and trainable tensors with one that are no parameters.
+class ParameterUse(NamedTuple):
+    """Trainable parameters without an effect on the outputs, and trainable tensors with one that are no parameters.
 
-    The first two are the names of parameters that may be cut off and of unused ones; the third the shapes of tensors that require
-    gradients, such as those of layers in a Python list.
+    Attributes:
+        cut_off: Names of parameters that may be cut off.
+        unused: Names of unused parameters.
+        outside: Shapes of tensors that require gradients, such as those of layers in a Python list.
+    """
+
+    cut_off: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+
+def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> ParameterUse:
+    """Return the trainable parameters without an effect on the outputs.
 
     The pass is given copies of the parameters. A table that was made before, or that is made where autograd does not see it,
     is no function of these copies: a parameter of a module that runs counts as cut off. It is unused if its module does not run,
@@ -59,7 +68,7 @@ def ineffective_parameters(
         ends = [t.sum() for t in outputs if t.requires_grad]
     if not ends and not values:
         # no parameter stands out: a measure that needs gradients refuses the outputs themselves
-        return (), (), ()
+        return ParameterUse()
     outside = outside_tensors(ends, [*copies.values(), *model.parameters()])
     gradients = torch.autograd.grad(ends, list(copies.values()), allow_unused=True) if ends else [None] * len(copies)
     ineffective = [name for name, gradient in zip(copies, gradients) if gradient is None]
@@ -78,7 +87,7 @@ def ineffective_parameters(
 
     cut_off = tuple(name for name in ineffective if is_cut_off(name))
     shapes = tuple(str(tuple(t.shape)) for t in outside)
-    return cut_off, tuple(name for name in ineffective if name not in cut_off), shapes
+    return ParameterUse(cut_off, tuple(name for name in ineffective if name not in cut_off), shapes)
 
 
 def _note_outputs(running: dict[nn.Module, list[Any]], module: nn.Module, output: Any) -> None:

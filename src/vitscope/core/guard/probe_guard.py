@@ -168,16 +168,17 @@ def kept_model(model: nn.Module, dtype: torch.dtype | None, copy_weights: bool) 
         for m in model.modules()
         for key, b in m.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    cast = dtype is not None and dtype != float_dtype(model)
+    is_cast = dtype is not None and dtype != float_dtype(model)
     for p in parameters:
         p.grad = None
     try:
-        if dtype is not None and cast:
+        if dtype is not None and is_cast:
             _cast(model, dtype)
         yield copies
     finally:
-        for p, data in tensors if cast or copies else ():
-            p.data = data  # the very storage from before, so a round trip through float64 is exact
+        if is_cast or copies:
+            for p, data in tensors:
+                p.data = data  # the very storage from before, so a round trip through float64 is exact
         for module, key, buffer, copy in buffers:
             registry = buffer_registry(module)
             if registry.get(key) is not buffer:

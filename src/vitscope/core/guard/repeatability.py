@@ -172,8 +172,10 @@ def examine(
         difference, bound = compare_passes(model, first, second, drew, x)
         written = tuple(name for name, identity in _identities(model).items() if weights.get(name) != identity)
         names = random_modules(model, x) if difference > bound else ()
-        has_gradient = objective is not None and len(first) > 1 and first[-1].ndim == 1 and not (names or written)
-        gap = slope_gap(model, x, y, objective, first[-1]) if objective and has_gradient and cut.names else 0.0
+        has_gradient = len(first) > 1 and first[-1].ndim == 1
+        gap = 0.0
+        if objective is not None and has_gradient and cut.names and not names and not written:
+            gap = slope_gap(model, x, y, objective, first[-1])
     cut_modules = tuple(cut.names) if is_large_gap(gap) else ()
     return Repeatability(names, difference, bound, written, unread, unused, outside, drew, cut_modules, gap)
 

@@ -24,7 +24,8 @@ class DifferentiableWeightNorm(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call ``func``, or `weight_norm` in the place of torch's."""
-        return (weight_norm if func is _TORCH_S_OWN else func)(*args, **(kwargs or {}))
+        replacement = weight_norm if func is _TORCH_S_OWN else func
+        return replacement(*args, **(kwargs or {}))
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -51,7 +51,9 @@ def values_of(loss: OwnLoss, outputs: Any, y: Tensor) -> Tensor:
             f"Expected loss(outputs, targets) to return a tensor, received a {type(values).__name__}: return one value an "
             "image (B,), or their mean."
         )
-    if values.ndim > 1 or (values.ndim == 1 and len(values) != len(y)) or not values.is_floating_point():
+    is_mean = values.ndim == 0
+    is_of_images = values.ndim == 1 and len(values) == len(y)
+    if not (is_mean or is_of_images) or not values.is_floating_point():
         kind = str(values.dtype).removeprefix("torch.")
         raise ValueError(
             f"Expected loss(outputs, targets) to return one floating-point value per image ({len(y)},), or their mean, received "

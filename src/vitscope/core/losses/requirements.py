@@ -27,11 +27,9 @@ def class_loss(probe: Probe) -> str:
     Such a measure smooths no label, whatever the objective does, and takes the most probable class of soft targets.
     """
     _, targets = next(iter(probe.batches))
-    return (
-        Objective().description(targets)
-        if are_indices(targets)
-        else "cross entropy, most probable class of soft targets"
-    )
+    if are_indices(targets):
+        return Objective().description(targets)
+    return "cross entropy, most probable class of soft targets"
 
 
 def check_images(probe: Probe, measure: str) -> None:

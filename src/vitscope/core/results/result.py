@@ -40,6 +40,8 @@ class Result:
     numbers have their own); ``untabulated`` names fields of vectors and replicates that tables leave out.
     """
 
+    #: set by `dataclass` on every subclass
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     table_coordinates: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     untabulated_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -95,7 +97,7 @@ class Result:
         """Tell whether another result is of the same measure and has the same numbers and card; NaN equals NaN."""
         if type(other) is not type(self):
             return NotImplemented
-        names = [field.name for field in dataclasses.fields(self)]  # pyright: ignore[reportArgumentType]  subclasses are dataclasses
+        names = [field.name for field in dataclasses.fields(self)]
         return all(_is_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     def __repr__(self) -> str:

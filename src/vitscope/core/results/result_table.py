@@ -42,12 +42,13 @@ def csv_of(results: Mapping[str, Any]) -> str:
     Args:
         results: results of one measure by name; a single one without a name has no such column.
     """
-    blocks = [
-        {**({"result": [name] * len(block["value"])} if any(results) else {}), **block}
-        for name, result in results.items()
-        for block in _blocks_of(result)
-    ]
-    columns = [*(["result"] if any(results) else []), *_columns(list(results.values()), blocks)]
+    blocks = []
+    for name, result in results.items():
+        for block in _blocks_of(result):
+            blocks.append({"result": [name] * len(block["value"]), **block} if any(results) else block)
+    columns = _columns(list(results.values()), blocks)
+    if any(results):
+        columns = ["result", *columns]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(dict.fromkeys(columns))

@@ -133,7 +133,8 @@ def shift_rows(images: Bytes, shift: Floats, fill: Bytes, *, bicubic: bool) -> B
     columns, weight = _taps(source, width, bicubic)  # (taps, B, H, W)
     first_pixel = (np.arange(batch * height, dtype=np.int32) * width).reshape(batch, height, 1)
     values = _gather_pixels(images, columns + first_pixel)
-    return _fill_outside((_cubic if bicubic else _linear)(values, weight), inside, fill)
+    interpolated = _cubic(values, weight) if bicubic else _linear(values, weight)
+    return _fill_outside(interpolated, inside, fill)
 
 
 def _taps(source: Floats, size: int, bicubic: bool) -> tuple[NDArray[np.int32], Floats]:

@@ -10,7 +10,7 @@ import urllib.request
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -81,9 +81,9 @@ def _with_checksums(variant: str, checksums: Mapping[str, str] | None) -> type[C
         raise ConfigError("data.source.checksums", missing[0], "no such file", f"files are {', '.join(file_names)}")
 
     class WithChecksums(published):
-        train_list = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]  # noqa: RUF012  as torchvision declares them
-        test_list = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]  # noqa: RUF012  likewise
-        meta = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}  # noqa: RUF012  likewise
+        train_list: ClassVar = [[name, checksums.get(name, md5)] for name, md5 in published.train_list]
+        test_list: ClassVar = [[name, checksums.get(name, md5)] for name, md5 in published.test_list]
+        meta: ClassVar = {**published.meta, "md5": checksums.get(published.meta["filename"], published.meta["md5"])}
         tgz_md5 = checksums.get(published.filename, published.tgz_md5)
 
         def _check_integrity(self) -> bool:

@@ -203,12 +203,9 @@ def _column(table: Any, stated: str | None, feature: str, key: str, path: str) -
         raise ConfigError(f"data.source.{key}", stated, f"{reason}, not {feature}", f"its columns: {_shown(columns)}")
     matching_names = [name for name, kind in columns.items() if kind == feature]
     if len(matching_names) != 1:
-        count = f"{len(matching_names)} columns" if matching_names else "no column"
-        fix = (
-            f"name one: data.source.{key}="
-            if matching_names
-            else "cast it with datasets (cast_column) and save it again"
-        )
+        count, fix = "no column", "cast it with datasets (cast_column) and save it again"
+        if matching_names:
+            count, fix = f"{len(matching_names)} columns", f"name one: data.source.{key}="
         raise ConfigError(f"data.source.{key}", None, f"{path} has {count} of {feature} ({_shown(columns)})", fix)
     return matching_names[0]
 

@@ -42,15 +42,15 @@ def attack_cost(workload: Workload, options: Options) -> MeasureCost:
     gradients = sum((of_attack[0] for of_attack in passes), Count.exactly(0)).times(n_epsilons)
     looks = sum((of_attack[1] for of_attack in passes), Count.exactly(0)).times(n_epsilons)
     differentiates = any(attack != "square" for attack in attacks)
-    works = [
-        evaluations(workload, {}, Count.exactly(1)),
-        # each attack reads the images once at each radius
-        Work(EVALUATION, looks, n, n_sharing=looks.expected / max(1, len(attacks) * n_epsilons)),
-        *([Work(IMAGE_GRADIENT, gradients, n, n_sharing=inf)] if differentiates else []),
-        *guard_checks(workload),
-        *(guard_checks(workload, second_order=True)[1:] if differentiates else []),
-        *independence_checks(workload),
-    ]
+    # each attack reads the images once at each radius
+    n_sharing = looks.expected / max(1, len(attacks) * n_epsilons)
+    works = [evaluations(workload, {}, Count.exactly(1)), Work(EVALUATION, looks, n, n_sharing=n_sharing)]
+    if differentiates:
+        works.append(Work(IMAGE_GRADIENT, gradients, n, n_sharing=inf))
+    works += guard_checks(workload)
+    if differentiates:
+        works += guard_checks(workload, second_order=True)[1:]
+    works += independence_checks(workload)
     n_members = len(SUITE) if "suite" in attacks else 0
     # accuracy with its ends, nll, blind share and largest change
     entries = 6 * len(attacks) * n_epsilons + n_epsilons + n_members * n_epsilons
@@ -70,9 +70,12 @@ def _passes(workload: Workload, options: Options, attack: str) -> tuple[Count, C
         if member == "apgd_t":
             n_runs *= min(int(options["n_targets"]), _n_classes(workload) - 1)
             looks += Count.exactly(1)  # the ranking of the classes
-        most = n_runs * (int(options["queries"]) if member == "square" else int(options["iterations"]) + 1)
-        count = Count(most, 0, most)
-        gradients, looks = (gradients, looks + count) if member == "square" else (gradients + count, looks)
+        if member == "square":
+            most = n_runs * int(options["queries"])
+            looks += Count(most, 0, most)
+        else:
+            most = n_runs * (int(options["iterations"]) + 1)
+            gradients += Count(most, 0, most)
     return gradients, looks
 
 

@@ -90,9 +90,9 @@ class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attack
 
 
 def _check(attacks: Sequence[str], epsilons: Sequence[float], norm: str, loss: str) -> None:
-    unknown = [attack for attack in attacks if attack not in ATTACKS]
-    if isinstance(attacks, str) or unknown or not attacks:
-        received = repr(attacks if isinstance(attacks, str) else unknown[0]) if attacks else "none"
+    unknown = [attacks] if isinstance(attacks, str) else [attack for attack in attacks if attack not in ATTACKS]
+    if unknown or not attacks:
+        received = repr(unknown[0]) if attacks else "none"
         raise ValueError(f"Expected attacks among {', '.join(ATTACKS)}, received {received}.")
     if len(set(attacks)) < len(attacks):
         raise ValueError(f"Expected each attack once, received {', '.join(attacks)}.")

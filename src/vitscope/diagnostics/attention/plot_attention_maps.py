@@ -76,7 +76,7 @@ def attention_maps(
     side = min(1.2, _PAGE_WIDTH / n_columns)
     heights = [side * n_rows + 0.55, 2.1]
     has_numbers = view == "both"
-    canvas = new_canvas(max(side * n_columns + 0.9, 4.4), sum(heights[: 1 + has_numbers]))
+    canvas = new_canvas(max(side * n_columns + 0.9, 4.4), sum(heights) if has_numbers else heights[0])
     parts = canvas.stacked([n_rows * n_columns, len(panels)], heights) if has_numbers else [canvas]
     width = canvas.figure.get_figwidth() / (n_columns + 1)
     _draw_maps(parts[0], parts[0].grid(n_rows, n_columns), images, columns, width)

@@ -81,7 +81,10 @@ def block_distances(
     if is_log:  # to signed decades above the threshold
         nodes = np.arcsinh(nodes / threshold) / np.log(10)
     low, high = float(np.nanmin(nodes)), float(np.nanmax(nodes))
-    width = sigma or (high - low or max(abs(high), 1.0)) / 100
+    spread = high - low
+    if spread == 0:
+        spread = max(abs(high), 1.0)
+    width = sigma or spread / 100
     grid = np.linspace(low - 4 * width, high + 4 * width, n_grid)
     step = grid[1] - grid[0] if n_grid > 1 else np.inf
     if step * _POINTS_A_SIGMA > width:

@@ -43,10 +43,10 @@ def _resampled(
     with distributed.failing_together():
         for start in track(range(0, len(draws) + 1, _AT_ONCE), description):
             part = draws[start : start + _AT_ONCE]
-            orders = [torch.from_numpy(np.random.default_rng([seed, draw]).permutation(n)) for draw in part]
-            measured = [torch.arange(n)] if start == 0 else []
-            similarities = comparison.similarities(pair, [*measured, *orders])
-            values |= dict(zip([*([-1] if measured else []), *part], similarities))
+            orders = {draw: torch.from_numpy(np.random.default_rng([seed, draw]).permutation(n)) for draw in part}
+            if start == 0:
+                orders = {-1: torch.arange(n), **orders}  # the images as they are
+            values |= dict(zip(orders, comparison.similarities(pair, list(orders.values()))))
         # one rank's numbers for all, as those of others may differ by rounding
         left_out = comparison.without_groups(pair, group_numbers(n)) if intervals and rank == 0 else None
     merged: dict[int, np.ndarray] = {}

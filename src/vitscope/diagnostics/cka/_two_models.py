@@ -71,11 +71,9 @@ def _check_same(first: tuple | None, second: tuple | None, measure: str) -> str:
         )
     labels, others = (batch[1][1].cpu() for batch in (first, second))
     if not torch.equal(labels, others):
-        what = (
-            "that differ"
-            if labels.shape == others.shape
-            else f"of shapes {tuple(labels.shape)} and {tuple(others.shape)}"
-        )
+        what = "that differ"
+        if labels.shape != others.shape:
+            what = f"of shapes {tuple(labels.shape)} and {tuple(others.shape)}"
         raise ValueError(f"Expected the same images in the same batches of both probes, received targets {what}.")
     inputs = [tensors_of(batch[1][0]) for batch in (first, second)]
     if [len(tensors) for tensors in inputs] != [1, 1]:

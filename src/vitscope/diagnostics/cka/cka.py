@@ -20,6 +20,7 @@ from vitscope.core.tap import Tap
 from vitscope.core.undefined_values import warn_nulls
 from vitscope.diagnostics.cka._blocks import block_structure, p_value
 from vitscope.diagnostics.cka._hsic import MIN_IMAGES, gram, hsic
+from vitscope.diagnostics.cka._representations import all_taps
 from vitscope.diagnostics.cka._two_models import IMAGES_OF_OTHER, shows_one_model, tap_fields_of_both, through_both
 from vitscope.runtime import distributed
 from vitscope.runtime.value_ranges import NonNegativeInt, Seed
@@ -153,7 +154,7 @@ class _Sums:
         """Compare the batch's maps, the first model's and the second's."""
         if n_images < MIN_IMAGES:
             return
-        taps = (*self.probe.taps, *(self.other.taps if self.other else ()))
+        taps = all_taps(self.probe, self.other)
         for index, tap in enumerate(taps):
             if index not in self._grams:
                 raise ValueError(
@@ -178,7 +179,7 @@ class _Sums:
             warn_nulls("cka", {f"{n_skipped} batch(es)": f"fewer than {MIN_IMAGES} images, left out"})
         s, total = len(probe.taps), np.tensordot(weights, values, 1)
         similarity = _ratio(total, s, other is not None)
-        _say_what_is_null(total, (*probe.taps, *(other.taps if other else ())))
+        _say_what_is_null(total, all_taps(probe, other))
         stages = np.array([tap.stage for tap in probe.taps])
         n_stages = len(set(stages[stages > 0]))  # stage 0 is the stem
         has_blocks = other is None and n_stages > 1

@@ -61,13 +61,10 @@ def _by_type(ax: Axes, results: Mapping[str, CorruptionResult]) -> None:
     width = 0.8 / len(results)
     for index, (name, result) in enumerate(results.items()):
         x = np.arange(len(types)) - 0.4 + width * (index + 0.5)
-        mean = [100 * result.accuracy[result.types.index(t)].mean() for t in types]
+        rows = [result.types.index(t) for t in types]
+        mean = [100 * result.accuracy[row].mean() for row in rows]
         ax.bar(x, mean, width=0.9 * width, color=result_color(index), label=name or None)
-        errors = (
-            [result.type_standard_error[result.types.index(t)] for t in types]
-            if len(result.type_standard_error)
-            else []
-        )
+        errors = [result.type_standard_error[row] for row in rows] if len(result.type_standard_error) else []
         _whiskers(ax, x, np.array(mean) / 100, errors, "black")
         ax.axhline(100 * result.clean_accuracy, color=result_color(index), linestyle="--", linewidth=0.8)
     ax.set_xticks(

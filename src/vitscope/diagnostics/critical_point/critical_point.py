@@ -258,7 +258,8 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     search = {**operators.options.search(), "memory": operators.basis_memory(shared=True)}
     pairs = solve(operator, k=1, which="both", vectors=True, shared=True, **search).pairs
     converged = bool(pairs.converged.all())
-    for share in SHARPER if decide and converged else ():
+    shares = SHARPER if decide and converged else ()
+    for share in shares:
         is_unknown = pairs.resolution < pairs.residuals[1] >= abs(pairs.values[1])
         stop = not is_unknown or pairs.n_products >= operators.options.max_products
         if distributed.gather_objects(stop)[0]:  # rounding may differ between ranks, their products must not

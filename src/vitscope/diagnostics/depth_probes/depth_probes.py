@@ -171,8 +171,9 @@ def depth_probes(
 
 
 def _check_probes(probe: Probe, train: Probe | None) -> None:
-    for each in (probe, *([train] if train is not None else [])):
-        check_classes(each, "depth_probes")
+    check_classes(probe, "depth_probes")
+    if train is not None:
+        check_classes(train, "depth_probes")
     probe.check_taps()
     if train is None:
         return

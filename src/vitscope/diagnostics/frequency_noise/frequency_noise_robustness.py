@@ -246,6 +246,7 @@ def _result(
     clean, chance = float(estimates["clean_accuracy"].mean), 1 / max(means.n_classes, 1)
     change = spread(estimates["accuracy"].mean)
     contrasted = np.rint(estimates["contrasted"].mean * estimates["contrasted"].count)  # NaN where there is no contrast
+    has_contrast_interval = contrasted >= LEAST_EVENTS
     _warn(bands, change[row], clean, chance)
     warn_nulls("frequency_noise_robustness", few_images(estimates["nll"].count))
     return FrequencyNoiseRobustnessResult(
@@ -261,9 +262,7 @@ def _result(
         ),
         relative_change=change[row] / (clean - chance) if clean > chance else np.full(n, np.nan),
         high_minus_low=float(estimates["contrast"].mean),
-        high_minus_low_half_width=float(estimates["contrast"].half_width)
-        if contrasted >= LEAST_EVENTS
-        else float("nan"),
+        high_minus_low_half_width=float(estimates["contrast"].half_width) if has_contrast_interval else float("nan"),
         rms=rms,
         curve_rms=np.array(scales),
         curve_accuracy_change=change,

@@ -141,9 +141,10 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     """
     n, n_vectors = workload.n_images, int(options["n_hessian_vectors"])
     n_at_once = min(workload.first_batch, options["micro_batch"] or MOST_IMAGES)
-    works = [
-        Work(_IMAGE_GRADIENTS, Count.exactly(1), n),
-        *([Work(_IMAGE_PRODUCTS, Count.exactly(1), n)] if n >= LEAST_IMAGES else []),
+    works = [Work(_IMAGE_GRADIENTS, Count.exactly(1), n)]
+    if n >= LEAST_IMAGES:
+        works.append(Work(_IMAGE_PRODUCTS, Count.exactly(1), n))
+    works += [
         Work(TAPS, Count.exactly(1), workload.first_batch, is_divided=False),
         Work(GRADIENT, Count.exactly(1), n_at_once, is_divided=False, is_check=True),
         *product_checks(workload, options),

@@ -140,6 +140,15 @@ def hessian_eigenvalues(
             **options.search(),
         )
         pairs = solution.pairs
+        facts = {
+            "solver": options.solver,
+            "k": k,
+            "which": which,
+            **options.values("tol", "seed", "max_products"),
+            "n_products": mean.n_products,
+        }
+        if first is not None:
+            facts["start"] = "earlier eigenvectors and a random vector"
         return HessianEigenvaluesResult(
             eigenvalues=pairs.values,
             residuals=pairs.residuals,
@@ -150,16 +159,7 @@ def hessian_eigenvalues(
             eigenvectors=np.zeros((0, 0)) if not eigenvectors or pairs.vectors is None else pairs.vectors.cpu().numpy(),
             parameter_names=tuple(operators.parameters),
             missed_probability=pairs.missed_probability,
-            card=operators.card(
-                {
-                    "solver": options.solver,
-                    "k": k,
-                    "which": which,
-                    **options.values("tol", "seed", "max_products"),
-                    "n_products": mean.n_products,
-                    **({} if first is None else {"start": "earlier eigenvectors and a random vector"}),
-                }
-            ),
+            card=operators.card(facts),
         )
 
 

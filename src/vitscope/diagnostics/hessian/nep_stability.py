@@ -80,8 +80,10 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
     ]
     sizes += [base] * sum(tol != finest for tol in options["tols"])
     is_mixed = bool(options["mixup"]) and _is_mixable(probe)
+    if is_mixed:
+        sizes.append(base)
     works, held = [], 0.0
-    for number, size in enumerate(sizes + [base] * is_mixed):
+    for number, size in enumerate(sizes):
         n_groups = workload.n_images // size
         joined_images = replace(workload, n_images=n_groups * size, batch_size=size)
         products = lanczos_products(joined_images, options, k if number else max(ks))
@@ -90,7 +92,7 @@ def _cost(workload: Workload, options: Options) -> MeasureCost:
         held = max(held, basis_bytes(workload, products.expected))
     if is_mixed:  # the number of classes, for each batch
         works.append(Work(EVALUATION, Count.exactly(workload.n_images // base), base))
-    n_settings = len(ks) + len(sizes) - 1 + is_mixed
+    n_settings = len(ks) + len(sizes) - 1
     # ten numbers of a setting and a flag of one byte
     return MeasureCost(works, held_bytes=held, result_bytes=n_settings * (10 * ENTRY + 1))
 

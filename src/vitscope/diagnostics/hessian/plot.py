@@ -68,11 +68,8 @@ def hessian_max_eigenvalue_spectrum(
     axes.yaxis.set_major_locator(MaxNLocator(4, prune="lower"))
     axes.set_xlabel("Hessian max eigenvalue")
     axes.set_ylabel("Density (1/eigenvalue)")
-    canvas.legend(
-        loc="outside upper left",
-        ncols=1,
-        **({"title": shared.replace(" values:", " values each:"), "alignment": "left"} if shared else {}),
-    )
+    title = {"title": shared.replace(" values:", " values each:"), "alignment": "left"} if shared else {}
+    canvas.legend(loc="outside upper left", ncols=1, **title)
     return canvas.figure
 
 

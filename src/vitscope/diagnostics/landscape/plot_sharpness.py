@@ -172,9 +172,9 @@ def _shade(panels: Sequence[Axes], results: Mapping[str, SharpnessResult]) -> No
     """Shade from the first radius that is saturated for every result, and tick the radii that were measured."""
     radii = np.unique(np.concatenate([r.radii for r in results.values()]))
     saturated = [x for x in radii if all(r.saturated[r.radii == x].all() for r in results.values())]
-    for axes in panels if saturated else ():
-        axes.axvspan(0.85 * min(saturated), 1.2 * radii.max(), color="0.92", zorder=0, linewidth=0)
     if saturated:
+        for axes in panels:
+            axes.axvspan(0.85 * min(saturated), 1.2 * radii.max(), color="0.92", zorder=0, linewidth=0)
         axes = panels[0]
         axes.text(
             0.99, 0.02, "Saturated", transform=axes.transAxes, ha="right", va="bottom", fontsize="small", color="0.4"

@@ -72,11 +72,9 @@ class PatchSums:
     def shown_features(self) -> list[np.ndarray]:
         """Return the features ``(n_shown, C, h, w)`` of each chosen tap, in the order of the images, the same on every rank."""
         parts = sorted((part for share in gather_objects(self._features) for part in share), key=lambda part: part[0])
-        return (
-            [np.concatenate([maps[i] for _, maps in parts])[: self.n_shown] for i in range(len(self.names))]
-            if parts
-            else []
-        )
+        if not parts:
+            return []
+        return [np.concatenate([maps[i] for _, maps in parts])[: self.n_shown] for i in range(len(self.names))]
 
 
 class FeatureSum:

@@ -79,11 +79,9 @@ def area_ratios(field: np.ndarray, distance: Distances, shares: np.ndarray) -> n
 def _reached(shares: np.ndarray, held: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return where the ascending function ``held`` of ``values`` reaches the shares first, linear between two values."""
     shares = shares * (1 - _ROUNDING)
-    after = (
-        np.clip(np.searchsorted(held, shares), 1, max(len(held) - 1, 1))
-        if len(held) > 1
-        else np.zeros(len(shares), int)
-    )
+    after = np.zeros(len(shares), int)
+    if len(held) > 1:
+        after = np.clip(np.searchsorted(held, shares), 1, len(held) - 1)
     before = np.maximum(after - 1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         part = np.clip((shares - held[before]) / (held[after] - held[before]), 0, 1)

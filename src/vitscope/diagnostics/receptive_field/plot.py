@@ -128,11 +128,9 @@ def _common_colors(fields: list[np.ndarray]) -> ScalarMappable:
 
 def _extension(colors: ScalarMappable, fields: list[np.ndarray]) -> str:
     """Return the end of the color bar that has an arrow: the lower one where pixels lie below the scale."""
-    return (
-        "min"
-        if any(bool((field < float(cast(Normalize, colors.norm).vmin or 0.0)).any()) for field in fields)
-        else "neither"
-    )
+    lowest = float(cast(Normalize, colors.norm).vmin or 0.0)
+    has_lower = any(bool((field < lowest).any()) for field in fields)
+    return "min" if has_lower else "neither"
 
 
 def _largest(field: np.ndarray) -> float:

@@ -29,11 +29,10 @@ class AttentionCollapse:
         self.head_nmi, self.nmi, self.head_similarity = (RunningMean() for _ in range(3))
         self._queries, self._keys = (side[..., 0] >= 0 for side in (unit.queries, unit.keys))  # (n_windows, tokens)
         #: queries and keys with a position, the same in every window; None where windows have paddings of their own
-        self._common = (
-            tuple(mask[0].nonzero()[:, 0] for mask in (self._queries, self._keys))
-            if all(bool((mask == mask[0]).all()) for mask in (self._queries, self._keys))
-            else None
-        )
+        self._common: tuple[Tensor, ...] | None = None
+        masks = (self._queries, self._keys)
+        if all(bool((mask == mask[0]).all()) for mask in masks):
+            self._common = tuple(mask[0].nonzero()[:, 0] for mask in masks)
 
     def add(self, weights: Tensor) -> Tensor:
         """Add a batch's weights ``(B * n_windows, heads, queries, keys)`` and return their mean over heads, a row an image."""

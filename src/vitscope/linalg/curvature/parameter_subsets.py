@@ -209,7 +209,8 @@ def _matching(model: nn.Module, parameters: Mapping[str, Tensor], rule: str, par
     if what in ("kind", "stage") and value:
         from vitscope.models.structure.parameter_groups import parameter_kinds, parameter_stages
 
-        groups = (parameter_kinds if what == "kind" else parameter_stages)(model, parts.known_images)
+        find_groups = parameter_kinds if what == "kind" else parameter_stages
+        groups = find_groups(model, parts.known_images)
         matches = {name for name in names if str(groups.get(name)) == value}
         candidates = sorted({str(groups.get(name)) for name in names})
     elif what == "layer" and value:

@@ -141,7 +141,9 @@ def normalize(
         )
     filters, masks = set(filters), masks or {}
     masked(direction, masks)
-    for name, d in direction.items() if normalization != "none" else ():
+    if normalization == "none":
+        return direction
+    for name, d in direction.items():
         w = _used(parameters, name, masks)
         if normalization == "filter_official":
             ratio = _norms(w, (0,)) / (_norms(d, (0,)) + 1e-7)

@@ -131,8 +131,9 @@ class UnitRecorder(AxisRecorder):
         """Join the channels of queries and keys (..., tokens, channels); the result has those of the values."""
         query, key, value = (argument(args, kwargs, k, name) for k, name in enumerate(("query", "key", "value")))
         mask = argument(args, kwargs, 3, "attn_mask", None)
-        for tensor in (query, key) if self.observe is not None else ():
-            self._observe_heads(tensor)
+        if self.observe is not None:
+            self._observe_heads(query)
+            self._observe_heads(key)
         scores = [*self._batch_axes([query, key], place_name), None, None]
         joined(plain(self._axes(query))[-1], plain(self._axes(key))[-1], place_name)
         if mask is not None:

@@ -89,10 +89,14 @@ def reading_calls(
         explicit: Whether the output is computed from the weights, so that it can be differentiated by them.
     """
     running: list[Owner] = []
+
+    def end(*_: Any) -> None:
+        running.pop()
+
     with ExitStack() as stack:
         for module, owner in owners.items():
             enter = module.register_forward_pre_hook(lambda *_, owner=owner: running.append(owner))
-            leave = module.register_forward_hook(lambda *_: (running.pop(), None)[1])
+            leave = module.register_forward_hook(end)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
         stack.enter_context(AttentionMode(lambda call: fn(running[-1], call) if running else None, explicit))

@@ -170,7 +170,8 @@ def _of_trace(traced: TracedStructure, described: FoundStructure | None) -> Foun
     """Return the structure that a traced pass shows; what descriptions miss in stem or head is missing still."""
     missing = [(text, "") for text in traced.uncovered]
     outside = [name for name, (kind, _) in traced.places.items() if kind in ("stem", "head")]
-    for text, block in described.missing if described is not None else ():
+    missing_before = described.missing if described is not None else []
+    for text, block in missing_before:
         path = text.removesuffix(NOT_COVERED).split()[-1]
         if any(name.startswith(path + ".") for name in outside):
             missing.append((text, block))

@@ -204,12 +204,12 @@ def zeroed(*units: Unit) -> Iterator[None]:
         ValueError: The branch of a unit did not run inside, so that nothing was removed.
     """
     with ExitStack() as stack:
-        ran = {
-            unit.name: changed_output(stack, unit.branch_out, zeros_of)
-            if unit.branch_out is not None
-            else changed_operand(stack, _place(unit, "output"))
-            for unit in units
-        }
+        ran = {}
+        for unit in units:
+            if unit.branch_out is not None:
+                ran[unit.name] = changed_output(stack, unit.branch_out, zeros_of)
+            else:
+                ran[unit.name] = changed_operand(stack, _place(unit, "output"))
         yield
         check_ran(ran)
 

@@ -211,7 +211,8 @@ def _applied(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         target = args[0].clone()
         func(target, *args[1:])
         return [target]
-    output = (Tensor.reshape if func is Tensor.view else func)(*args, **kwargs)
+    function = Tensor.reshape if func is Tensor.view else func
+    output = function(*args, **kwargs)
     return [output] if isinstance(output, Tensor) else list(output)
 
 

@@ -59,10 +59,11 @@ def read_addend(trace: Trace, addition: Addition) -> Read | None:
 def read_input(trace: Trace, addition: Addition) -> Read | None:
     """Return where the branch's normalized input can be read; without a norm, the stream."""
     entries = set(_entries(trace, addition))
-    for call in trace.calls:
-        norm = is_norm_module(call.module) and call.start < call.end
-        if norm and entries and entries <= set(range(call.start, call.end)) and call.output in addition.region:
-            return _norm_output(trace, call)
+    norms = [call for call in trace.calls if is_norm_module(call.module) and call.start < call.end]
+    for norm in norms:
+        reads_all = bool(entries) and entries <= set(range(norm.start, norm.end))
+        if reads_all and norm.output in addition.region:
+            return _norm_output(trace, norm)
     candidates = [c for c in trace.calls if c.first_input == addition.source and c.start <= addition.result and c.index]
     block = trace.nodes[addition.result].stack[-1]
     inside = [c for c in candidates if c.index == block or block in _ancestors(trace, c)]

@@ -78,12 +78,10 @@ def token_orders(
         recorder = _Recorder(x, reads)
         with observing(model), recorder.hooks(), recorder:
             model.forward(x)
-        return {
-            name: _order(recorder.read_positions[name], recorder.size)
-            if name in recorder.read_positions
-            else "the forward pass does not run it"
-            for name in reads
-        }
+        orders: dict[str, TokenOrder | str] = dict.fromkeys(reads, "the forward pass does not run it")
+        for name, positions in recorder.read_positions.items():
+            orders[name] = _order(positions, recorder.size)
+        return orders
 
     try:
         return first_that_runs(trial_images(model, images), observe)

@@ -83,14 +83,15 @@ def described(trace: Trace, unit: TracedUnit) -> ResidualUnit:
     """Return the unit as `vitscope.models.structure` reads and removes it."""
     addition = unit.addition
     branch = read_branch(trace, addition)
+    attention = None
+    if unit.kind == "msa":
+        attention = _attention_module(trace, addition.region, unit.n_positions + unit.n_prefix)
     return ResidualUnit(
         unit.kind,
         read_sum(trace, addition.result),
         read_input(trace, addition),
         branch,
-        attention=_attention_module(trace, addition.region, unit.n_positions + unit.n_prefix)
-        if unit.kind == "msa"
-        else None,
+        attention=attention,
         conv3x3=_conv3x3(trace, addition.region) if unit.kind == "conv" else None,
         subsamples=n_positions(trace, addition.source) > unit.n_positions,
         residual=True,
@@ -161,8 +162,9 @@ def _lead_in(trace: Trace, addition: Addition, results: Collection[int]) -> set[
     while changes and index not in results:
         node = trace.nodes[index]
         sources = [i for i in node.inputs if trace.nodes[i].varying]
-        alone = all(user in nodes or user in lead for user in trace.consumers[index])
-        if not alone or len(sources) != 1 or not (node.op in IDENTITIES or is_norm(trace, node) or "lu" in node.op):
+        serves_unit_alone = all(user in nodes or user in lead for user in trace.consumers[index])
+        is_norm_or_activation = node.op in IDENTITIES or is_norm(trace, node) or "lu" in node.op
+        if not serves_unit_alone or not is_norm_or_activation or len(sources) != 1:
             break
         lead.add(index)
         index = sources[0]

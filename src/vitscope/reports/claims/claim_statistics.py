@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -202,23 +203,26 @@ def placement_difference(report_runs: ReportRuns) -> Effect:
     """Return test accuracy with attention at stage ends minus that elsewhere, at equal numbers of parameters."""
     differences, names = [], []
     groups = report_runs.groups(has_attention)
-    for runs in groups:
-        if option(lowest_seed_run(runs), "placement", "stage_end") != "stage_end":
-            continue
-        for other in groups:
-            elsewhere = option(lowest_seed_run(other), "placement", "stage_end") in (
-                "stage_start",
-                "late",
-                "alternating",
-            )
-            alike = digest_without(runs, "model.placement", "model.n_msa") == digest_without(
-                other, "model.placement", "model.n_msa"
-            )
-            sizes = [report_runs.costs.of(lowest_seed_run(g)).parameters for g in (runs, other)]
-            if elsewhere and alike and all(sizes) and abs((sizes[1] or 0) / (sizes[0] or 1) - 1) <= EQUAL:
-                differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
-                names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
+    at_stage_ends = [runs for runs in groups if _placement(runs) == "stage_end"]
+    elsewhere = [runs for runs in groups if _placement(runs) in ("stage_start", "late", "alternating")]
+    for runs, other in itertools.product(at_stage_ends, elsewhere):
+        digests = {digest_without(one, "model.placement", "model.n_msa") for one in (runs, other)}
+        if len(digests) == 1 and _have_equal_sizes(report_runs, runs, other):
+            differences.append(paired_difference(runs, other, report_runs.metric("test/accuracy")))
+            names.append(f"{report_runs.describe(runs)} − {report_runs.describe(other)}")
     return balanced_effect(differences, names, "AlterNets that differ in model.placement alone")
+
+
+def _placement(runs: Runs) -> Any:
+    return option(lowest_seed_run(runs), "placement", "stage_end")
+
+
+def _have_equal_sizes(report_runs: ReportRuns, runs: Runs, other: Runs) -> bool:
+    """Whether two models' numbers of parameters are known and agree to `EQUAL`."""
+    size, other_size = (report_runs.costs.of(lowest_seed_run(one)).parameters for one in (runs, other))
+    if not size or not other_size:
+        return False
+    return abs(other_size / size - 1) <= EQUAL
 
 
 def training_nll(report_runs: ReportRuns) -> list[Reader]:

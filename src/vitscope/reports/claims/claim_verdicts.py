@@ -269,7 +269,9 @@ def table(judged: Sequence[ClaimVerdict], data: Sequence[str] = ()) -> Table:
     for j in judged:
         p = "" if math.isnan(j.p_holm) else f"{j.p_holm:.2g}"
         rows.append(tuple(Cell(t) for t in (j.claim.statement, j.claim.figure, j.verdict, "", "", p, j.reason)))
-        for f in j.findings if j.verdict != NOT_MEASURED else ():
+        if j.verdict == NOT_MEASURED:
+            continue
+        for f in j.findings:
             n = "" if f.interval is None else str(f.interval.n)
             rest = (Cell(t) for t in (n, "", _compared(f)))
             rows.append((Cell(f"– {f.part.name}"), Cell(""), Cell(f.verdict), Cell(effect_text(f), f.interval), *rest))
@@ -329,11 +331,9 @@ def _power_of(n: int, level: float) -> str:
 
 def _compared(finding: StatisticResult) -> str:
     effect = finding.effect
-    return (
-        "; ".join(filter(None, (effect.compared, effect.refused)))
-        if effect.values
-        else effect.compared or finding.reason
-    )
+    if effect.values:
+        return "; ".join(filter(None, (effect.compared, effect.refused)))
+    return effect.compared or finding.reason
 
 
 def effect_text(finding: StatisticResult) -> str:

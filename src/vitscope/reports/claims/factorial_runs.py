@@ -76,11 +76,12 @@ def load_results(
             reason = f"objective cards differ in {', '.join(keys)}: the factors are not crossed"
             problems.append(Problem(MISSING, "landscape_objective", name, reason))
             continue
-        for key, m in measured.items():
+        for (family, training, _, seed), result in measured.items():
             try:
-                loaded[key] = m.load()
+                loaded[family, training, name, seed] = result.load()
             except StorageError as error:
-                problems.append(Problem(FAILED, f"run {experiments[key[0], key[1]][key[3]].id}", name, str(error)))
+                run = experiments[family, training][seed].id
+                problems.append(Problem(FAILED, f"run {run}", name, str(error)))
     return loaded, problems
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vitscope.config.experiment_identity import setting
 from vitscope.reports.claims.effect_sizes import (
@@ -126,8 +126,10 @@ def _at_matched_nll(
         moments = _matched_tags(report_runs, a[seed], b[seed], measure)
         if moments is None:
             continue
-        readers: list[Callable[[Entry], float | None]] = [report_runs.scalar(measure, scalar, tag) for tag in moments]
-        first_value, second_value = ((logarithm_of(r) if log else r)(e) for r, e in zip(readers, (a[seed], b[seed])))
+        readers: list[Reader] = [report_runs.scalar(measure, scalar, tag) for tag in moments]
+        if log:
+            readers = [logarithm_of(read) for read in readers]
+        first_value, second_value = readers[0](a[seed]), readers[1](b[seed])
         if first_value is not None and second_value is not None:
             values[seed] = first_value - second_value
     return values

@@ -164,12 +164,14 @@ def _with_shared_tag(
 
 def missing_results(entries: Sequence[Entry], analyses: Sequence[str], tag: str | None) -> list[Problem]:
     """Return a problem for each named analysis that a run does not have at a moment, at any with None."""
+    absent = "not measured" if tag in (None, "all") else f"not measured at {tag}"
     problems = []
     for entry in entries:
-        for analysis in analyses if not entry.superseded else ():
-            attempts = [m for m in entry.results_at(tag) if m.analysis == analysis]
-            if not any(not m.error for m in attempts):
-                absent = "not measured" if tag in (None, "all") else f"not measured at {tag}"
+        if entry.superseded:
+            continue
+        for analysis in analyses:
+            attempts = [measured for measured in entry.results_at(tag) if measured.analysis == analysis]
+            if all(measured.error for measured in attempts):
                 kind, reason = (FAILED, attempts[-1].error) if attempts else (MISSING, absent)
                 problems.append(Problem(kind, f"run {entry.id}", analysis, reason))
     return problems

@@ -95,7 +95,8 @@ def collect(selection: Selection, x: str, y: Sequence[str], name: str) -> tuple[
         intervals = [cell.interval for cell in cells]
         position, heights = (key, intervals) if keyed else (intervals[0], intervals[1:])
         points.append(Point(_series(first, x), first.label, position, tuple(heights)))
-        rows.append((Cell(first.label), *([Cell(_key_text(key))] if keyed else []), *cells))
+        row = [Cell(first.label), Cell(_key_text(key)), *cells] if keyed else [Cell(first.label), *cells]
+        rows.append(tuple(row))
     columns = ("model", x, *y)
     has_few = any(cell.values for row in rows for cell in row)
     note = f"{seeds_text([len(runs) for runs in groups], has_few)}." if groups else "No run."
@@ -176,15 +177,22 @@ def _draw_panel(ax: Axes, points: Sequence[Point], panel: int, x: str, series: S
         shift = distance * (number - (len(series) - 1) / 2)
         marks = sorted((_mark(point, panel, categories, shift) for point in series_points), key=lambda mark: mark.x)
         line = "none" if is_measured or categories else "-"
-        xerr = [mark.x_width for mark in marks] if is_measured else None
-        ax.errorbar([mark.x for mark in marks], [mark.y for mark in marks], yerr=[mark.y_width for mark in marks], xerr=xerr,
-                    fmt=MARKERS[number % len(MARKERS)], linestyle=line, label=name)  # fmt: skip
+        ax.errorbar(
+            [mark.x for mark in marks],
+            [mark.y for mark in marks],
+            yerr=[mark.y_width for mark in marks],
+            xerr=[mark.x_width for mark in marks] if is_measured else None,
+            fmt=MARKERS[number % len(MARKERS)],
+            linestyle=line,
+            label=name,
+        )
     if not drawn:
         ax.text(0.5, 0.5, "missing", transform=ax.transAxes, ha="center", va="center", color="0.5")
         ax.set_yticks([])
         ax.set_xticks([])
         return
-    note = _note_of_intervals([height for point in points if (height := point.y[panel]) is not None])
+    heights = [point.y[panel] for point in points]
+    note = _note_of_intervals([height for height in heights if height is not None])
     if note:
         ax.text(0.02, 0.02, note, transform=ax.transAxes, fontsize="small", color="0.4")
     if categories:

@@ -157,7 +157,9 @@ def draw(history: StepHistory) -> Figure:
 def _by_analysis(entry: Entry) -> dict[tuple[str, Conditions], dict[int, Measured]]:
     """Return an entry's results by analysis and conditions, and by step; the newest of several at one step."""
     histories: dict[tuple[str, Conditions], dict[int, Measured]] = {}
-    for measured in entry.results if not entry.superseded else ():
+    if entry.superseded:
+        return histories
+    for measured in entry.results:
         step = _step_of(measured)
         if step is not None and not measured.error:
             histories.setdefault((measured.analysis, measured.conditions()), {})[step] = measured

@@ -72,7 +72,7 @@ def build_workspace(content: ReportContent, entity: str, project: str, figures_r
     """Return the saved workspace; arguments are those of `build_report`."""
     wr, ws = importlib.import_module(REPORTS), importlib.import_module(WORKSPACES)
 
-    ids = [*content.run_ids, *([figures_run] if figures_run else [])]
+    ids = [*content.run_ids, figures_run] if figures_run else list(content.run_ids)
     sections = [
         ws.Section(name="Settings and outcomes", panels=[_parallel_coordinates(wr, content)], is_open=True),
         ws.Section(name="Metrics over steps", panels=_curves(wr, content), is_open=True),

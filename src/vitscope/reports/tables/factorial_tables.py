@@ -130,17 +130,20 @@ def _condition_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
 
 
 def _factor_rows(result: FactorialResult | None) -> list[tuple[Cell, ...]]:
+    if result is None:
+        return []
     titles = {q.key: q.title for q in QUANTITIES}
+    words = {quantity: word for (quantity, _), word in result.undefined.items()}
     rows = []
-    words = {quantity: word for (quantity, _), word in result.undefined.items()} if result is not None else {}
-    for e in result.effects if result is not None else ():
-        share = f"{e.share:.0%}" if math.isfinite(e.share) else "–"
-        texts = (titles[e.quantity], OBJECTIVES[e.l2].removeprefix("NLL + "), switch_text(e))
-        seeds = result.seeds if result is not None else ()
-        values = (
-            _cell(value, word=words.get(e.quantity, ""), seeds=seeds) for value in (e.convnet, e.vit, e.difference)
-        )
-        rows.append((*map(Cell, texts), *values, Cell(share), Cell(f"{e.flips} of 4" if share != "–" else "–")))
+    for effect in result.effects:
+        word = words.get(effect.quantity, "")
+        texts = (titles[effect.quantity], OBJECTIVES[effect.l2].removeprefix("NLL + "), switch_text(effect))
+        intervals = (effect.convnet, effect.vit, effect.difference)
+        values = [_cell(interval, word=word, seeds=result.seeds) for interval in intervals]
+        share, flips = "–", "–"
+        if math.isfinite(effect.share):
+            share, flips = f"{effect.share:.0%}", f"{effect.flips} of 4"
+        rows.append((*map(Cell, texts), *values, Cell(share), Cell(flips)))
     return rows
 
 

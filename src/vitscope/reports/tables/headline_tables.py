@@ -144,8 +144,12 @@ def _row_name(entry: Entry, labels: Mapping[str, str]) -> str:
 
 
 def _head(name: str, row_name: str, entry: Entry, several: bool) -> list[Cell]:
-    texts = [row_name, *([entry.data] if several else [])]
-    return [Cell(t) for t in (*texts, *([",".join(map(str, n_msa(entry)))] if name == "buildup" else []))]
+    texts = [row_name]
+    if several:
+        texts.append(entry.data)
+    if name == "buildup":
+        texts.append(",".join(map(str, n_msa(entry))))
+    return [Cell(text) for text in texts]
 
 
 def _first(runs: Mapping[int, Entry]) -> Entry:

@@ -185,8 +185,11 @@ def markdown(table: Table) -> str:
     widths = [max(3, *(len(line[i]) for line in grid)) for i in range(len(table.columns))]
     left_columns = _left_columns(table)
     rule = ["-" * w if i in left_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    lines = ["| " + " | ".join(_aligned(line, widths, left_columns)) + " |" for line in (grid[0], rule, *grid[1:])]
-    return "\n".join([f"**{table.title}**", "", *lines, *(["", table.note] if table.note else [])]) + "\n"
+    lines = [f"**{table.title}**", ""]
+    lines += ["| " + " | ".join(_aligned(line, widths, left_columns)) + " |" for line in (grid[0], rule, *grid[1:])]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join(lines) + "\n"
 
 
 def frame(table: Table) -> pd.DataFrame:

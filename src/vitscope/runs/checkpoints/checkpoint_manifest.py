@@ -112,6 +112,6 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], pending: Mapping[st
 
 
 def _manifest_text(entries: Mapping[str, Any], pending: Mapping[str, Any]) -> bytes:
-    tree = {**entries, **({_PENDING: pending} if pending else {})}
+    tree = {**entries, _PENDING: pending} if pending else dict(entries)
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
     return json.dumps({**tree, _DIGEST: digest}, indent=1, sort_keys=True).encode()

@@ -92,10 +92,10 @@ def _check_option(value: Any, place: str) -> None:
         return
     if name in _RATES and not (is_rate(value) or (isinstance(value, Tensor) and value.numel() == 1)):
         raise WrongEntry(place, f"is {value!r:.40}, not a number of at least 0")
-    if name == "betas" and not (
-        isinstance(value, list | tuple) and len(value) == 2 and all(is_rate(v) and v <= 1 for v in value)
-    ):
-        raise WrongEntry(place, f"is {value!r:.40}, not two numbers from 0 to 1")
+    if name == "betas":
+        is_pair = isinstance(value, list | tuple) and len(value) == 2
+        if not is_pair or not all(is_rate(beta) and beta <= 1 for beta in value):
+            raise WrongEntry(place, f"is {value!r:.40}, not two numbers from 0 to 1")
     if name in _SWITCHES and not (value is None or isinstance(value, bool)):
         raise WrongEntry(place, f"is a {kind_name(value)}, not a bool")
     check_number(value, place)
@@ -140,16 +140,15 @@ def check_schedules(schedules: list[Any]) -> None:
     """
     if len(schedules) != 1:
         raise WrongEntry("lr_schedulers", f"holds {len(schedules)} schedules, not one")
-    for index, state in enumerate(schedules):
-        place = f"lr_schedulers[{index}]"
-        if not isinstance(state, dict):
-            raise WrongEntry(place, f"is a {kind_name(state)}, not a dict")
-        for key in ("last_epoch", "_step_count"):
-            if type(state.get(key)) is not int or state[key] < 0:
-                raise WrongEntry(f"{place}.{key}", f"is {state.get(key)!r:.40}, not a number of steps")
-        for key in ("base_lrs", "_last_lr"):
-            rates = state.get(key)
-            if not isinstance(rates, list) or not rates or not all(is_rate(rate) for rate in rates):
-                raise WrongEntry(f"{place}.{key}", f"is {rates!r:.40}, not a list of learning rates")
-        if not isinstance(state.get("lr_lambdas", []), list):
-            raise WrongEntry(f"{place}.lr_lambdas", f"is a {kind_name(state['lr_lambdas'])}, not a list")
+    state, place = schedules[0], "lr_schedulers[0]"
+    if not isinstance(state, dict):
+        raise WrongEntry(place, f"is a {kind_name(state)}, not a dict")
+    for key in ("last_epoch", "_step_count"):
+        if type(state.get(key)) is not int or state[key] < 0:
+            raise WrongEntry(f"{place}.{key}", f"is {state.get(key)!r:.40}, not a number of steps")
+    for key in ("base_lrs", "_last_lr"):
+        rates = state.get(key)
+        if not isinstance(rates, list) or not rates or not all(is_rate(rate) for rate in rates):
+            raise WrongEntry(f"{place}.{key}", f"is {rates!r:.40}, not a list of learning rates")
+    if not isinstance(state.get("lr_lambdas", []), list):
+        raise WrongEntry(f"{place}.lr_lambdas", f"is a {kind_name(state['lr_lambdas'])}, not a list")

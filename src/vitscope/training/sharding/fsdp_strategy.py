@@ -87,8 +87,9 @@ class Fsdp(ModelParallelStrategy):
     def _share_buffers(self) -> None:
         """Copy the first process's buffers to all: each saw other images, and their statistics would drift apart."""
         network = getattr(self.lightning_module, "model", None)
-        for buffer in network.buffers() if isinstance(network, nn.Module) else ():
-            torch.distributed.broadcast(buffer, 0)
+        if isinstance(network, nn.Module):
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the optimizer's whole state on rank 0; an optimizer without a state before its first step is left so.
