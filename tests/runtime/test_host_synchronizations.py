@@ -51,7 +51,6 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "diagnostics/kronecker/_kfac_factors.py::kronecker_factors_of": (1, "labels are counted before the first pass"),
     "diagnostics/kronecker/_kfac_factors.py::_LabeledBatches.__iter__": (1, "a batch without a label is left out"),
     "diagnostics/patch_pca/_sums.py::PatchSums.close_batch": (2, "maps of the few images of a figure"),
-    "diagnostics/tokens/_attention_collapse.py::AttentionCollapse.__init__": (2, "of options"),
     "linalg/partial_reorthogonalization.py::SemiorthogonalLanczos.absorb": (1, "of NumPy numbers"),
 }
 

@@ -124,7 +124,7 @@ BATCHES: dict[str, tuple[Any, str]] = {
     "column": ((images(), LABELS[:, None]), r"received int64 \(4, 1\): use y\[:, 0\]\.long\(\)"),
     "one-hot integers": ((images(), nn.functional.one_hot(LABELS, 3)), r"one-hot targets become .* y\.argmax\(1\)"),
     "masks": ((images(), LABELS[:, None, None].expand(4, 6, 6)), r"received int64 \(4, 6, 6\): give one class index per image"),
-    "too high": ((images(), LABELS + 1), r"gives 3 logits, received 3 in batch 0.*num_classes=4"),
+    "too high": ((images(), LABELS + 1), r"has 3 logits, received 3 in batch 0.*num_classes=4"),
     "negative": ((images(), LABELS - 1), r"at least 0 in batch 0, received -1: number the classes from 0"),
     "sums": ((images(), torch.full((4, 3), 0.5)), r"whose rows sum to 1 with an error of 0\.5: divide each row by its sum"),
     "negative soft": ((images(), torch.tensor([[1.5, -0.5, 0.0]] * 4)), r"each row is a distribution"),
