@@ -108,6 +108,7 @@ def test_imagenet_c_folders_get_the_labels_of_the_1000_classes(call: Callable[..
     assert result.mce is not None
 
 
+@pytest.mark.slow
 def test_a_model_of_one_size_is_built_at_the_size_of_its_weights(call: Callable[..., int], tree: Path) -> None:
     model = [*MODEL, "model.name=vit_tiny_patch16_384", f"data.root={tree}/imagenet", f"paths.runs={tree}/runs"]
     options = ["analysis=[evaluation]", "analysis.evaluation.probe.n_images=1", "analysis.evaluation.classes=present"]

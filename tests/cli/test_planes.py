@@ -38,6 +38,7 @@ def newest(run: Path, analysis: str) -> Any:
     return result
 
 
+@pytest.mark.slow
 def test_every_kind_of_direction(call, run: Path, tmp_path: Path, capsys) -> None:
     at = f"run={run}"
     assert call("analyze", at, *VECTORS) == 0

@@ -145,6 +145,7 @@ def test_a_folder_that_cannot_be_written_is_exit_6(
     assert "not writable" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_crossed_factors_have_two_tables_and_a_figure(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

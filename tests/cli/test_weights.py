@@ -182,6 +182,7 @@ def test_training_starts_from_averages(call, tiny, tmp_path, capsys) -> None:
     assert Run(run).provenance()["started_from"] == started
 
 
+@pytest.mark.slow
 def test_training_starts_with_a_new_classifier(call, trained, tiny, tmp_path, capsys) -> None:
     """Fine-tuning to other classes: refused with the key to set; then all weights but the classifier's are the file's."""
     run = trained("analysis=[]", "test=false", "trainer.max_epochs=1")

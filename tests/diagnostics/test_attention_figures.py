@@ -19,6 +19,7 @@ from vitscope.plotting.api import save_figure
 pytestmark = pytest.mark.filterwarnings("ignore::vitscope.core.undefined_values.NullWarning")
 
 
+@pytest.mark.slow
 def test_figures_of_one_and_of_several_results(tmp_path: Path) -> None:
     x = images(16)
     one = vs.attention_maps(probe_of(filled(vit(depth=5)), x), images=3)

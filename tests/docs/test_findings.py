@@ -88,7 +88,7 @@ def test_every_claim_has_a_question_controls_limits_and_a_measurement() -> None:
     ("n_seeds", "consequence", "bias_verdict"),
     [
         (1, "11 of 11 claims have a statistic with fewer than 5 seeds", "inconclusive"),
-        (6, "With 6 seeds a claim can be suggested at most", "suggested"),
+        pytest.param(6, "With 6 seeds a claim can be suggested at most", "suggested", marks=pytest.mark.slow),
         (9, "2 of 11 claims have 9 seeds or more", "supported"),
     ],
 )

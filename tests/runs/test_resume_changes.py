@@ -55,6 +55,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_experiment_is_refused(call, finished, capsys) -> None:
     """Finished or stopped: the key, the stored and the received value are named, and no file of the run is touched."""
     for status, overrides in (("finished", REFUSED), ("stopped", REFUSED[::9])):

@@ -86,6 +86,7 @@ def test_a_removed_strided_block_is_its_projected_shortcut() -> None:
         assert torch.equal(block(z), block.downsample(z).relu())
 
 
+@pytest.mark.slow
 def test_drop_path_squeeze_excitation_and_layer_scale_end_the_branch() -> None:
     for model in (
         models.convnet(drop_path=0.2).double().eval(),
