@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 import vitscope as vs
 from tests.fixtures.networks.attention_probes import filled, images, probe_of, vit
 from vitscope.core.undefined_values import NullWarning
-from vitscope.diagnostics.attention._overlap import masks_of_layers, mass_masks, mean_of_pairs, overlaps
 from vitscope.diagnostics.attention._rollout import Rollout
 from vitscope.models import convnet
 from vitscope.models.structure import attention_weights
@@ -214,61 +212,6 @@ def test_gradient_rollout_equals_a_loop_with_explicit_attention(index: int | Non
     assert result.classes.tolist() == classes
     np.testing.assert_allclose(result.gradient_rollout, expected, rtol=1e-9, atol=1e-15)
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_masks_of_mass_and_their_overlap() -> None:
-    values = [[[0.5, 0.2], [0.2, 0.1]], [[0.25, 0.25], [0.25, 0.25]], [[0.0, 0.0], [0.0, 0.0]]]
-    maps = torch.tensor([values], dtype=torch.float64)
-    masks = mass_masks(maps, 0.6)
-    assert masks[0].flatten(1).tolist() == [[True, True, False, False], [True, True, True, False], [False] * 4]
-    assert mass_masks(maps, 0.5)[0, 0].flatten().tolist() == [True, False, False, False]
-    assert mass_masks(maps[:, 1:2], 1.0).all()
-    overlap = overlaps(masks, masks)
-    assert overlap[0, 0].tolist() == [1.0, 2 / 3, 0.0]
-    assert bool(overlap[0, 2, 2].isnan())
-    assert mean_of_pairs(overlap[:, :2, :2]).item() == pytest.approx(2 / 3)
-
-
-def test_masks_are_those_of_a_stable_sort() -> None:
-    generator = torch.Generator().manual_seed(0)
-    maps = torch.randint(0, 6, (2, 3, 4, 5), generator=generator).double()  # many equal values
-    maps[0, 0, 1, 2], maps[1, 1, 0, 0] = torch.nan, torch.inf
-    masks = mass_masks(maps, 0.6)
-    for values, mask in zip(maps.reshape(6, 20).tolist(), masks.reshape(6, 20).tolist()):
-        expected, held = [False] * 20, 0.0
-        for place in sorted(range(20), key=lambda i: -values[i]):
-            if held >= 0.6 * sum(values) or not np.isfinite(sum(values)):
-                break
-            expected[place], held = True, held + values[place]
-        assert mask == expected
-    layers = [maps, maps[:, :1], maps + 1]
-    for found, layer in zip(masks_of_layers(layers, 0.6), layers, strict=True):
-        assert torch.equal(found, mass_masks(layer, 0.6))
-
-
-def test_masks_of_objects() -> None:
-    model, x = filled(vit()), images(16)
-    probe = probe_of(model, x)
-    found = vs.attention_maps(probe, images=4)
-    own = mass_masks(torch.from_numpy(np.array(found.maps[1][:, 2])), 0.6)  # of the last layer's last head
-    objects = own.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    result = vs.attention_maps(probe, masks=objects.numpy())
-    assert result.mask_iou[1][2] == 1.0
-    assert result.scalars()["mask_iou_largest"] == 1.0
-    # of layers with a grid too coarse for the objects there is no value, whichever comes first
-    of_fine_layers = dataclasses.replace(result, mask_iou=tuple(np.array([[np.nan] * 3, [0.25, np.nan, 0.5]])))
-    assert of_fine_layers.scalars()["mask_iou_largest"] == 0.5
-    of_data = vs.attention_maps(vs.Probe(model, list(probe.batches), about={"object_mask": objects}))
-    np.testing.assert_array_equal(of_data.mask_iou, result.mask_iou)
-    expected = overlaps(mass_masks(torch.from_numpy(np.array(found.maps[0])), 0.6), own[:, None])[..., 0].mean(0)
-    np.testing.assert_allclose(result.mask_iou[0], expected, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"Expected masks of shape \(4, H, W\), received \(3, 16, 16\)"):
-        vs.attention_maps(probe, masks=objects[:3])
-    uneven = [(part, torch.zeros(len(part)).long()) for part in x.split([1, 2, 1])]
-    with pytest.raises(
-        ValueError, match=r"batches of one size for masks, the last excepted, received sizes \[1, 2, 1\]"
-    ):
-        vs.attention_maps(vs.Probe(model, uneven), masks=objects)
 
 
 def test_batches_do_not_matter_and_intervals_are_over_images() -> None:

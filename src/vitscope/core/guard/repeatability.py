@@ -74,27 +74,24 @@ class Repeatability:
                 "that is not used."
             )
         if self.unused:
-            more = f" and {len(self.unused) - 3} more" if len(self.unused) > 3 else ""
             warnings.warn(
-                f"the outputs in eval mode do not depend on {', '.join(self.unused[:3])}{more}: "
+                f"the outputs in eval mode do not depend on {_first_names(self.unused)}: "
                 "they count as weights without curvature (call requires_grad_(False) to leave them out)",
                 UnusedParametersWarning,
                 stacklevel=4,
             )
         if self.outside:
-            more = f" and {len(self.outside) - 3} more" if len(self.outside) > 3 else ""
             warnings.warn(
                 f"the outputs depend on tensors that require gradients and are no parameters of the model, of shapes "
-                f"{', '.join(self.outside[:3])}{more}: no derivative is taken by them and they are never moved; keep layers in "
+                f"{_first_names(self.outside)}: no derivative is taken by them and they are never moved; keep layers in "
                 "an nn.ModuleList and tensors in an nn.Parameter, or call requires_grad_(False) on them",
                 UnlikelyInputWarning,
                 stacklevel=4,
             )
         if self.cut:
-            more = f" and {len(self.cut) - 3} more" if len(self.cut) > 3 else ""
             warnings.warn(
                 f"the loss depends on the weights also through values that are cut off from autograd (detach(), no_grad) in "
-                f"{', '.join(self.cut[:3])}{more}: its slope along the gradient differs by {self.gap:.1%} from the gradient's "
+                f"{_first_names(self.cut)}: its slope along the gradient differs by {self.gap:.1%} from the gradient's "
                 "length, and gradients and curvature are those of autograd",
                 CutGradientsWarning,
                 stacklevel=4,
@@ -109,6 +106,12 @@ class Repeatability:
                 RandomOutputsWarning,
                 stacklevel=4,
             )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def worst_of(checks: Sequence[Repeatability]) -> Repeatability:
