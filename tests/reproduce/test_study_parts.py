@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.fixtures.runs.report_runs import spectrum, write_run
+from tests.fixtures.runs.report_runs import other_card, spectrum, write_run
 from vitscope.cli import reproduce
+from vitscope.core.objective_card import ObjectiveCard
 from vitscope.reports.exports import study_export
 from vitscope.reproduce import command_line, draw
 from vitscope.runtime.errors import ConfigError, DataError
@@ -21,11 +22,12 @@ TARGET = "table-claims"
 MODELS = ("alternet", "convnet", "vit")
 
 
-def runs_of(root: Path, seeds: range, ape: float = 100.0) -> list[SimpleNamespace]:
+def runs_of(root: Path, seeds: range, ape: float = 100.0, weights: str = "1f00") -> list[SimpleNamespace]:
     """Return finished runs of all models with their requested results."""
+    card = other_card(checkpoint=weights)
     return [
         SimpleNamespace(
-            run=write_run(root, model, seed, measured={"hessian": spectrum(0.1, ape + seed)}).path,
+            run=write_run(root, model, seed, measured={"hessian": spectrum(0.1, ape + seed, card)}).path,
             results=("hessian/end-0badcafe",),
         )
         for seed in seeds
@@ -99,10 +101,63 @@ def test_a_measurement_that_was_repeated_with_the_same_numbers_joins(
         study_export.read([a, again], TARGET)
 
 
+def one_run(root: Path, weights: str, rise: float, *analyses: str, tag: str = "end") -> list[SimpleNamespace]:
+    """Return a ViT's run of seed 0 with results of some weights, all with one number."""
+    measured = {f"{name}@{tag}": spectrum(0.1, rise, other_card(checkpoint=weights)) for name in analyses}
+    name = f"{root.name}-{len(list(root.glob('*'))) if root.exists() else 0}"
+    run = write_run(root, "vit", 0, name=name, measured=measured, metrics={f"{a}/ape": rise for a in analyses})
+    return [SimpleNamespace(run=run.path, results=tuple(f"{name}/{tag}-0badcafe" for name in analyses))]
+
+
+def test_a_repeated_training_of_the_same_weights_adds_its_results(study: Callable[..., Path], tmp_path: Path) -> None:
+    first = study("first", one_run(tmp_path / "here", "1f00", 100.0, "hessian", "other"))
+    again = study("again", one_run(tmp_path / "there", "1f00", 50.0, "hessian", "sharpness"))
+    third = study("third", one_run(tmp_path / "elsewhere", "1f00", 25.0, "sharpness", "curvature"))
+    (entry,) = study_export.read([first, again, third], TARGET)
+    found = {m.analysis: m.scalars["average_positive_eigenvalue"] for m in entry.results}
+    assert found == {"hessian": 100.0, "other": 100.0, "sharpness": 50.0, "curvature": 25.0}  # of the first that has it
+    assert {name: v for name, v in entry.metrics.items() if name.endswith("/ape")} == {
+        f"{name}/ape": value for name, value in found.items()
+    }
+    study_export.join(tmp_path / "joined", [first, again, third], [TARGET])
+    (joined,) = study_export.read(tmp_path / "joined", TARGET)
+    assert (joined.id, joined.metrics) == (entry.id, entry.metrics)
+    assert sorted(m.analysis for m in joined.results) == sorted(found)
+
+
+def test_two_repetitions_of_one_part_add_the_results_of_both(study: Callable[..., Path], tmp_path: Path) -> None:
+    first = study("first", one_run(tmp_path / "here", "1f00", 100.0, "hessian"))
+    runs = [
+        *one_run(tmp_path / "there", "1f00", 50.0, "hessian", "sharpness"),
+        *one_run(tmp_path / "there", "1f00", 50.0, "hessian", "curvature"),
+    ]
+    (entry,) = study_export.read([first, study("again", runs)], TARGET)
+    assert sorted(m.analysis for m in entry.results) == ["curvature", "hessian", "sharpness"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "tag", "reason"),
+    [
+        ("2f00", "end", r"came to other weights \(at end\)"),
+        ("1f00", "init", "no moment was measured in both"),
+        (ObjectiveCard().checkpoint, "end", "no moment was measured in both"),
+    ],
+)
+def test_a_repeated_training_of_other_or_unknown_weights_is_refused(
+    study: Callable[..., Path], tmp_path: Path, weights: str, tag: str, reason: str
+) -> None:
+    first = study("first", one_run(tmp_path / "here", "1f00", 100.0, "hessian"))
+    again = study("again", one_run(tmp_path / "there", weights, 100.0, "hessian", "sharpness", tag=tag))
+    with pytest.raises(
+        ConfigError, match=rf"its run .* repeats .* \(the same experiment with seed 0\), and .*{reason}"
+    ):
+        study_export.read([first, again], TARGET)
+
+
 def test_parts_that_do_not_go_together_are_refused(study: Callable[..., Path], tmp_path: Path) -> None:
     outcomes = runs_of(tmp_path / "runs", range(2))
     a = study("a", outcomes)
-    again = study("again", runs_of(tmp_path / "elsewhere", range(1, 2)))
+    again = study("again", runs_of(tmp_path / "elsewhere", range(1, 2), weights="2f00"))
     with pytest.raises(ConfigError, match=r"its run .* repeats .* of .*/a \(the same experiment with seed 1\)"):
         study_export.read([a, again], TARGET)
     other_profile = study("profile", runs_of(tmp_path / "more", range(2, 3)), profile="cifar100")

@@ -2,7 +2,7 @@
 
 The tables and figures of numbers that were drawn from the runs are drawn from it again: ``vitscope reproduce table-claims
 from=results/cifar10_small``. Seeds that were trained elsewhere are further parts of a study, which `read` and `join` put
-together. `vitscope.reports.exports.study_files` has the layout.
+together (`vitscope.reports.exports.study_parts`). `vitscope.reports.exports.study_files` has the layout.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vitscope.config import experiment_identity, loading
+from vitscope.config import experiment_identity
 from vitscope.core.objective_card import ObjectiveCard
 from vitscope.reports import run_index
-from vitscope.reports.exports import study_files
+from vitscope.reports.exports import study_files, study_parts
 from vitscope.reports.exports.study_files import Study
 from vitscope.reports.measured_results import Measured
 from vitscope.reports.run_entry import Entry
 from vitscope.runs.run_dir import Run
-from vitscope.runtime.errors import ConfigError, DataError, StorageError
+from vitscope.runtime.errors import DataError
 
 #: entries of ``provenance.json`` that are exported: what reports read, and what produced the numbers
 FACTS = (
@@ -67,7 +67,7 @@ def join(folder: Path, parts: Sequence[Path], targets: Sequence[str]) -> int:
         DataError: There is no study, or no part has one of the targets.
         StorageError: A file is damaged.
     """
-    study = _joined(parts)
+    study = study_parts.read_parts(parts)
     of_targets = {name: _results_of_target(study, name) for name in targets}
     names: dict[str, set[str]] = {}
     for key, results in (pair for of_target in of_targets.values() for pair in of_target.items()):
@@ -108,29 +108,9 @@ def read(folder: Path | Sequence[Path], target: str) -> list[Entry]:
         DataError: There is no study, or it does not have the target.
         StorageError: A file is damaged.
     """
-    study = _joined([folder] if isinstance(folder, Path) else folder)
+    study = study_parts.read_parts([folder] if isinstance(folder, Path) else folder)
     results = _results_of_target(study, target)
     return run_index.labeled([_entry(study, key, set(names)) for key, names in results.items()])
-
-
-def _joined(parts: Sequence[Path]) -> Study:
-    """Return the study whose parts stand in some folders.
-
-    Raises:
-        ConfigError: They do not go together; a repetition in another part is refused, for either run could be left out.
-    """
-    studies = [study_files.read(part) for part in dict.fromkeys(parts)]
-    run_of: dict[tuple[str, int], tuple[str, Path]] = {}
-    for study in studies:
-        of_study = {key: _experiment(study, key, content) for key, content in study.runs.items()}
-        for key, experiment in of_study.items():
-            other, folder = run_of.get(experiment, (key, study.folder))
-            if other != key and other not in study.runs:
-                reason = f"its run {key} repeats {other} of {folder} (the same experiment with seed {experiment[1]})"
-                fix = "keep each seed in one part; seeds=5-8 trains other seeds than seeds=5"
-                raise ConfigError("from", study.folder, reason, fix)
-        run_of |= {experiment: (key, study.folder) for key, experiment in of_study.items()}
-    return study_files.join(studies)
 
 
 def _results_of_target(study: Study, target: str) -> dict[str, list[str]]:
@@ -222,18 +202,9 @@ def _checkpoint_hashes(run: Run) -> dict[str, str]:
     return {name: str(entry.get("sha256", "")) for name, entry in checkpoint_manifest.entries(run.checkpoints).items()}
 
 
-def _experiment(study: Study, key: str, content: Mapping[str, Any]) -> tuple[str, int]:
-    """Return the digest of a run's experiment, the seed left out, and its seed."""
-    try:
-        config, facts = content["config"], content["facts"]
-        return loading.digest(experiment_identity.experiment(config, facts)), int(config.get("seed") or 0)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _no_run(study, key, error) from None
-
-
 def _entry(study: Study, key: str, names: set[str]) -> Entry:
     content = study.runs[key]
-    group, _ = _experiment(study, key, content)
+    group, _ = study_parts.experiment_of(study, key, content)
     try:
         results = [_measured(study.folder / key, name, content["results"][name]) for name in sorted(names)]
         return Entry(
@@ -241,12 +212,7 @@ def _entry(study: Study, key: str, names: set[str]) -> Entry:
             tuple(sorted(results, key=lambda m: m.time)), group,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
-        raise _no_run(study, key, error) from None
-
-
-def _no_run(study: Study, key: str, error: Exception) -> StorageError:
-    reason = f"is no run of a study ({type(error).__name__}: {error})"
-    return StorageError("from", study.folder / "runs" / f"{key}.json", reason, "restore it, or export it again")
+        raise study_parts.not_a_run(study, key, error) from None
 
 
 def _measured(folder: Path, name: str, content: Mapping[str, Any]) -> Measured:
