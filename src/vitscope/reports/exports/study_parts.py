@@ -88,9 +88,9 @@ def _as_further_results(part: Study, joined: Study, folder_of: Mapping[str, Path
     for target, results_of_runs in part.targets.items():
         of_target = targets.setdefault(target, {})
         for key, results in results_of_runs.items():
-            kept = set(results) & names.get(key, set(results))
+            new_results = set(results) & names.get(key, set(results))
             name = repeated.get(key, key)
-            of_target[name] = sorted(kept.union(of_target.get(name, ())))
+            of_target[name] = sorted(new_results.union(of_target.get(name, ())))
     return replace(part, runs=runs, targets=targets)
 
 
