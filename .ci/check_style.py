@@ -1,5 +1,5 @@
-"""Check the words of the source: openings of module docstrings, vague names, private vocabulary, American spelling, and the
-reasons of suppressed checks.
+"""Check the words of the source: openings of module docstrings, entries of arguments, vague names, private vocabulary, American
+spelling, and the reasons of suppressed checks.
 
 Usage: python .ci/check_style.py [--write]
 
@@ -36,6 +36,10 @@ BRITISH = re.compile(
     r"|synchron|penal)is(e|ing|ation)|analys(e[dr]?\b|ing)|centre|neighbour|behaviour|colour|favour|(label|model)l(ed|ing)|\bgrey)\w*",
     re.IGNORECASE,
 )
+#: sections of a docstring whose entries are ``name: Description.``
+SECTIONS = re.compile(r"(Args|Attributes|Raises):")
+#: an entry that begins with a small letter, but for the name of a type or a package; or with `Of` or `Its`, without saying what
+FRAGMENT = re.compile(r"    (?! )\*{0,2}[\w, .*]+: ((?!float|submitit|curvlinops|p-values)[a-z]\w*|Of|Its)\b")
 #: comments that switch a check of ruff or pyright off, with the names of the checks
 SUPPRESSION = re.compile(
     r"#\s*(noqa|type: ignore|pyright: ignore)(:\s*[A-Z]+\d+(,\s*[A-Z]+\d+)*|\[[\w, -]+\])?(?P<reason>.*)"
@@ -46,7 +50,7 @@ Counts = dict[str, dict[str, int]]
 
 
 class Fault(NamedTuple):
-    """A fault of one kind (``opening``, ``name``, ``word``, ``spelling`` or ``suppression``) at a line."""
+    """A fault of one kind (``opening``, ``entry``, ``name``, ``word``, ``spelling`` or ``suppression``) at a line."""
 
     kind: str
     line: int
@@ -69,6 +73,16 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield ast.get_docstring(node) or "", getattr(node, "lineno", 1)
 
 
+def fragments(docstring: str) -> Iterator[str]:
+    """Yield the entries of arguments, attributes and errors that `FRAGMENT` describes."""
+    is_entry = False
+    for line in docstring.splitlines():
+        if line and not line.startswith(" "):
+            is_entry = SECTIONS.fullmatch(line) is not None
+        elif is_entry and FRAGMENT.match(line):
+            yield line.strip()
+
+
 def faults(source: str) -> list[Fault]:
     """Return the faults of a module's source, in the order of their lines."""
     tree = ast.parse(source)
@@ -81,6 +95,10 @@ def faults(source: str) -> list[Fault]:
         if name in VAGUE_NAMES:
             result.append(Fault("name", line, f"the name {name!r} does not say what it holds: use a noun phrase"))
     for text, line in docstrings(tree):
+        for entry in fragments(text):
+            result.append(
+                Fault("entry", line, f"the entry {entry!r} is no whole phrase: begin with a capital and a noun")
+            )
         for match in PRIVATE_WORDS.finditer(text):
             result.append(
                 Fault("word", line, f"{match.group()!r} in a docstring: use subpackage, import rule or layout")

@@ -39,9 +39,9 @@ def medians(samples: Mapping[str, list[tuple[float, float]]], n: int, unit: str)
     """Print each side's median over undisturbed samples beside the first side's; return the medians in seconds.
 
     Args:
-        samples: wall seconds and foreign load in cores, by side.
-        n: how many pieces of work a sample holds.
-        unit: what a piece is.
+        samples: Wall seconds and foreign load in cores, by side.
+        n: How many pieces of work a sample holds.
+        unit: What a piece is.
     """
     found: dict[str, float] = {}
     first = next(iter(samples))

@@ -53,7 +53,7 @@ class TrainedNetwork:
         cfg: Configuration, with all chosen analyses.
         data: Data module.
         network: The network.
-        checkpoints: Its weights before and during the steps.
+        checkpoints: The network's weights before and during the steps.
         content: What a checkpoint holds of the optimizer.
     """
 

@@ -15,7 +15,7 @@ class Setting:
         batch_size: Number of images of a batch; None for the analysis's own.
         options: Overrides of the analysis's options.
         data: Configuration of the data.
-        models: Of `cost.py`, that the analysis applies to; empty for all.
+        models: Models of `cost.py` that the analysis applies to; empty for all.
     """
 
     n_images: int

@@ -33,7 +33,7 @@ def run_once(arguments: list[str], expected: int) -> tuple[float, float]:
     """Return the wall seconds and the processor seconds of one process.
 
     Raises:
-        RuntimeError: it ended with another exit code.
+        RuntimeError: It ended with another exit code.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()

@@ -73,7 +73,7 @@ class Checker:
     """Checks one command after the other; an error names what is wrong.
 
     Args:
-        folder: For runs and data that commands name by a placeholder.
+        folder: Folder of runs and data that commands name by a placeholder.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -42,7 +42,7 @@ class GalleryFigure:
         overrides: Settings of the measurement.
         plot: Options of `vitscope.plot`.
         name: Name of its files; the analysis by default.
-        group: Of `GROUPS`; figures of ``sight`` are of analyses that the study's profile does not run.
+        group: One of `GROUPS`; figures of ``sight`` are of analyses that the study's profile does not run.
     """
 
     analysis: str

@@ -30,7 +30,7 @@ class Text:
 
     Attributes:
         name: Name of its files.
-        group: Of `GROUPS`.
+        group: One of `GROUPS`.
         title: Heading.
         caption: What is seen in the figure.
         command: The command that measures and draws the same.

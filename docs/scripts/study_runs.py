@@ -27,8 +27,8 @@ def find_run(
     """Return a family's run on all data for the whole training, weakly augmented, with attention at stage ends.
 
     Args:
-        entries: Of `finished_runs`.
-        family: Of `NAMES`.
+        entries: The result of `finished_runs`.
+        family: One of `NAMES`.
         seed: The run's seed.
         analysis: An analysis that the run must have at the end of training.
         mixer: What an AlterNet has in the places of its attention.

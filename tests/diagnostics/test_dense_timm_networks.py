@@ -26,13 +26,13 @@ class DenseNetwork:
     """A network with its dense matrices.
 
     Attributes:
-        model: the network in float64 and eval mode.
+        model: The network in float64 and eval mode.
         x: (n, 3, 16, 16) images.
         y: (n,) classes.
         hessian: (size, size) of the mean cross entropy.
         gradients: (n, size) of the loss of each image.
         jacobian: (n, C, size) of the logits.
-        rows: rows of each parameter in these.
+        rows: Rows of each parameter in these.
     """
 
     model: nn.Module

@@ -41,7 +41,7 @@ class NumberResult(Result):
     """A number.
 
     Attributes:
-        value: of it.
+        value: The result's number.
     """
 
     value: float

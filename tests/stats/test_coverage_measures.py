@@ -114,10 +114,10 @@ def check(values: np.ndarray, images: int, answers: bool, wrong: np.ndarray | No
     misses. Both give or take what the number of draws leaves open at 1 in 10,000.
 
     Args:
-        values: of the population.
-        images: of a draw.
-        answers: whether they are right or wrong answers.
-        wrong: of the same shape, images that were answered wrong; for losses.
+        values: Values of the population.
+        images: Indices of the images of a draw.
+        answers: Whether they are right or wrong answers.
+        wrong: An array of the same shape: images that were answered wrong; for losses.
     """
     rng = np.random.default_rng(17)
     judged = 0

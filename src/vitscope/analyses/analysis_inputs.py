@@ -110,7 +110,7 @@ def _refuse_second_file(cfg: DictConfig, run: Run) -> None:
     """Refuse ``ckpt_path`` beside ``run``: both name weights.
 
     Raises:
-        ConfigError: saying how the file is measured.
+        ConfigError: Saying how the file is measured.
     """
     if cfg.ckpt_path:
         reason = f"run={run.path} names the weights already"
@@ -124,7 +124,7 @@ def _refuse_training_values(run_value_overrides: Sequence[str]) -> None:
     """Refuse values of a run that only its training uses: an analysis would pass them over in silence.
 
     Raises:
-        ConfigError: naming the key and what an analysis has in its place.
+        ConfigError: Naming the key and what an analysis has in its place.
     """
     for override in run_value_overrides:
         key, _, value = override.lstrip("+~").partition("=")
@@ -180,7 +180,7 @@ def _refuse_changing_checkpoint(path: Path, run: Run) -> None:
     Its result would stand under the name of the trained network's.
 
     Raises:
-        StorageError: naming the process.
+        StorageError: Naming the process.
     """
     holder = run_lock.living_holder(run.path)
     if holder is None or path.stem not in CHANGING:
@@ -244,7 +244,7 @@ def _with_settled_classes(
     """Return a network of another package that is not told its number of classes with that of its checkpoint or of the data.
 
     Raises:
-        CheckpointError: the checkpoint's number is another one than the data's.
+        CheckpointError: The checkpoint's number is another one than the data's.
     """
     if content is None:
         return factories.model(cfg) if cross_checks.settle_own_network(cfg) else network

@@ -34,15 +34,15 @@ def analyze(cfg: DictConfig, chosen_keys: Sequence[str] = (), run_value_override
     """Measure what a composed configuration names.
 
     Args:
-        cfg: the configuration of ``conf/analyze.yaml``.
-        chosen_keys: keys and groups that the command line set; they win over the run's.
-        run_value_overrides: dotted overrides of the run's groups.
+        cfg: The configuration of ``conf/analyze.yaml``.
+        chosen_keys: Keys and groups that the command line set; they win over the run's.
+        run_value_overrides: Dotted overrides of the run's groups.
 
     Returns:
         The run folder that holds the results.
 
     Raises:
-        VitscopeError: with the exit code of its kind.
+        VitscopeError: With the exit code of its kind.
     """
     inputs = prepare_inputs(cfg, chosen_keys, run_value_overrides)
     cfg, run = inputs.cfg, inputs.run
@@ -74,7 +74,7 @@ def predict(
     """Return what the analyses that a composed configuration names would cost; nothing is written.
 
     Args:
-        cfg: As for `analyze`, and likewise the next two.
+        cfg: Those of `analyze`, and likewise the next two.
         chosen_keys: Keys and groups that the command line set.
         run_value_overrides: Dotted overrides of the run's groups.
         n_ranks: Number of processes that would share the work.

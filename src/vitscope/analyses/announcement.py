@@ -89,7 +89,7 @@ def announce_device(device: torch.device, prediction: Prediction) -> None:
 
     Args:
         device: Device of the network.
-        prediction: Of the analyses.
+        prediction: Predicted cost of the analyses.
     """
     if device.type == "cuda":
         name = f"{device} ({torch.cuda.get_device_name(device)})"

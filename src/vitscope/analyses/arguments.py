@@ -38,10 +38,10 @@ def options(
     """Return the inputs that a measure takes from its run, see `run_inputs`, and that its node leaves open.
 
     Args:
-        analysis: the measure, its options and its images.
-        place: run, network and data that are measured.
-        rows: finished rows of an interrupted measurement.
-        settings: returns the digits that name the analysis's settings.
+        analysis: The measure, its options and its images.
+        place: Run, network and data that are measured.
+        rows: Finished rows of an interrupted measurement.
+        settings: Returns the digits that name the analysis's settings.
     """
     supply: dict[FromRun, Callable[[], Any]] = {
         FromRun.ROWS: lambda: rows,
@@ -68,7 +68,7 @@ def input_sizes(
     Args:
         analysis: The measure and its options.
         cfg: Validated configuration.
-        network: Whose untrained counterpart may be an input.
+        network: The network whose untrained counterpart may be an input.
         data: Data module.
         n_checkpoints: Number of the run's own checkpoints.
     """
@@ -133,11 +133,11 @@ def loaded(key: str, value: Any, probe: Probe, request: Mapping[str, Any], place
     """Turn ``other=runs/<id>`` into a probe of that run on the same images, named checkpoints into their weights.
 
     Args:
-        key: name of the option.
-        value: its value.
-        probe: of the network that is measured.
-        request: which images it has, see `vitscope.analyses.spec.probe_request`.
-        place: run, network and data that are measured.
+        key: Name of the option.
+        value: The argument's value.
+        probe: The probe of the network that is measured.
+        request: Which images it has, see `vitscope.analyses.spec.probe_request`.
+        place: Run, network and data that are measured.
     """
     if key == "checkpoints" and value is not None:
         return checkpoint_sequence.named(value, probe.model)
@@ -202,8 +202,8 @@ def untrained_model(cfg: DictConfig, network: nn.Module) -> nn.Module | None:
     A network without training has no change to measure: its difference from itself would be zeros that look like a result.
 
     Args:
-        cfg: the run's configuration; pretrained weights are left out, which are no initialization.
-        network: the network that is measured.
+        cfg: The run's configuration; pretrained weights are left out, which are no initialization.
+        network: The network that is measured.
     """
     initial = factories.model(_untrained(cfg))
     return None if _has_equal_weights(network, initial) else initial

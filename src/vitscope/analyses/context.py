@@ -19,21 +19,21 @@ class AnalysisContext:
     """Everything that an analysis needs: configuration, run folder, network, data and checkpoint.
 
     Attributes:
-        cfg: the run's configuration.
-        run: the run folder.
-        network: the model, on its device.
-        datamodule: the data module, which gives the batches.
+        cfg: The run's configuration.
+        run: The run folder.
+        network: The model, on its device.
+        datamodule: The data module, which gives the batches.
         tag: ``init``, ``epoch-0099``, ``step-000120`` or ``end``.
-        epoch: epoch of the weights, for the card.
-        step: optimizer steps that the weights have made, for the card and the journal.
+        epoch: Epoch of the weights, for the card.
+        step: Optimizer steps that the weights have made, for the card and the journal.
         mirror: W&B.
-        content: the checkpoint the weights came from, where there is one.
-        due: the analyses that will be made here; those of the feature maps of the same images share a forward pass.
-        ahead: results of such a pass by name, until their turn comes.
-        alone: names of those that such a pass failed for.
-        changes: values of the network and the folder of images that are not the run's, see
+        content: The checkpoint the weights came from, where there is one.
+        due: The analyses that will be made here; those of the feature maps of the same images share a forward pass.
+        ahead: Results of such a pass by name, until their turn comes.
+        alone: Names of those that such a pass failed for.
+        changes: Values of the network and the folder of images that are not the run's, see
             `vitscope.analyses.run_changes.changed_values`.
-        draws: whether figures are drawn; of a step among many only where ``at_steps`` names it, as a figure takes longer than
+        draws: Whether figures are drawn; of a step among many only where ``at_steps`` names it, as a figure takes longer than
             many a measure.
     """
 

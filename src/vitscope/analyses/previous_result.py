@@ -27,7 +27,7 @@ def previous(folder: Path, place: AnalysisContext, settings: str) -> Any | None:
     """Return the newest result of the same settings at a step up to the context's own, with its vectors; None without one.
 
     Args:
-        folder: Of the analysis's results.
+        folder: Folder of the analysis's results.
         place: Context of the measurement.
         settings: Digits that name the analysis's settings.
     """

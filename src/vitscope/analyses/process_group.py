@@ -41,12 +41,12 @@ def joined(request: RankRequest | None, device: str) -> Iterator[None]:
     """Be a rank of the process group that a launcher's environment describes; do nothing for one process.
 
     Args:
-        request: the request that `take_request` returned; None for one process.
+        request: The request that `take_request` returned; None for one process.
         device: ``auto``, ``cpu`` or ``cuda``; a rank on GPUs takes the one of its local number.
 
     Raises:
-        ConfigError: more processes than GPUs on this machine.
-        DistributedError: another process did not arrive in time.
+        ConfigError: More processes than GPUs on this machine.
+        DistributedError: Another process did not arrive in time.
     """
     if request is None or launched_world_size() == 1:
         yield

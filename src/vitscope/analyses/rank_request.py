@@ -28,8 +28,8 @@ class RankRequest:
     """The processes of an analysis.
 
     Attributes:
-        n_ranks: processes to start on this machine; 0 where a launcher has started them.
-        timeout_s: seconds without progress after which a job in which one process waits for another ends.
+        n_ranks: Processes to start on this machine; 0 where a launcher has started them.
+        timeout_s: Seconds without progress after which a job in which one process waits for another ends.
     """
 
     n_ranks: int
@@ -53,11 +53,11 @@ def take_request(cfg: DictConfig, overrides: Sequence[str] = ()) -> RankRequest 
     """Remove ``trainer`` from an analysis's configuration and return the processes that it asks for; None for one process.
 
     Args:
-        cfg: the composed configuration; ``device`` is set to ``cpu`` with ``trainer.accelerator=cpu``.
-        overrides: overrides of the command line, to refuse settings of a training.
+        cfg: The composed configuration; ``device`` is set to ``cpu`` with ``trainer.accelerator=cpu``.
+        overrides: Overrides of the command line, to refuse settings of a training.
 
     Raises:
-        ConfigError: a trainer of one process, a setting that only a training has, no number of processes for a CPU, a device
+        ConfigError: A trainer of one process, a setting that only a training has, no number of processes for a CPU, a device
             that all processes would share, or ``trainer=slurm`` outside of ``srun``.
     """
     n_launched = launched_world_size()
@@ -148,7 +148,7 @@ def _gpus() -> int:
     """Return the number of GPUs.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is none.
     """
     import torch  # a process that only starts others on a CPU does not load it
 

@@ -32,17 +32,17 @@ def perform(analysis: Analysis, place: AnalysisContext, *, reuse: bool = True) -
     """Return the analysis's result, from disk where it was made before for the same weights and settings.
 
     Args:
-        analysis: the measure, its options and its images.
-        place: run, network and data that are measured.
-        reuse: whether an earlier result counts.
+        analysis: The measure, its options and its images.
+        place: Run, network and data that are measured.
+        reuse: Whether an earlier result counts.
 
     Returns:
         The result; None where it failed and ``on_error`` is ``warn``.
 
     Raises:
-        Interrupted: a stop was asked for; rows finished so far are kept.
-        VitscopeError: it failed and ``on_error`` is ``raise``.
-        DistributedError: it failed on this rank and not on the others.
+        Interrupted: A stop was asked for; rows finished so far are kept.
+        VitscopeError: It failed and ``on_error`` is ``raise``.
+        DistributedError: It failed on this rank and not on the others.
     """
     folder, stem, weights = (
         place.run.results / analysis.name,
@@ -110,9 +110,9 @@ def settings_hash_under(analysis: Analysis, cfg: DictConfig, changes: Mapping[st
     results do not depend on it.
 
     Args:
-        analysis: the measure, its options and its images.
-        cfg: the configuration.
-        changes: values that are not the run's, see `vitscope.analyses.run_changes.changed_values`.
+        analysis: The measure, its options and its images.
+        cfg: The configuration.
+        changes: Values that are not the run's, see `vitscope.analyses.run_changes.changed_values`.
     """
     data = {
         k: v for k, v in loading.plain(cfg.data).items() if k not in ("root", "num_workers", "batch_size", "recipe")

@@ -15,10 +15,10 @@ class Analysis:
     """A node of the ``analysis`` group: what to measure, on which images, when.
 
     Attributes:
-        name: the node's key, which names the folder of its results.
-        measure: the function.
-        options: keyword arguments of the measure.
-        probe: which images are measured: keys of ``analysis.<name>.probe``.
+        name: The node's key, which names the folder of its results.
+        measure: The function.
+        options: Keyword arguments of the measure.
+        probe: Which images are measured: keys of ``analysis.<name>.probe``.
         when: ``start, every_n_epochs, every_n_steps, at_steps, end`` of training.
         on_error: ``warn`` (training goes on and the result is null) or ``raise``.
     """

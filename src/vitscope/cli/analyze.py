@@ -56,7 +56,7 @@ def _print_costs(cfg: DictConfig, overrides: Sequence[str], run_value_overrides:
     """Print what the analyses would cost each of the processes that ``trainer`` asks for; this one alone predicts it.
 
     Raises:
-        ConfigError: a launcher started several processes, or ``cost`` is neither true nor false.
+        ConfigError: A launcher started several processes, or ``cost`` is neither true nor false.
     """
     if not isinstance(cfg.cost, bool):
         raise ConfigError("cost", cfg.cost, "neither true nor false", "set cost=true")

@@ -32,14 +32,14 @@ def run_ranks(n_ranks: int, arguments: Sequence[str]) -> None:
     """Run this command in several processes and wait for them.
 
     Args:
-        n_ranks: number of processes.
-        arguments: command line without the program's name.
+        n_ranks: Number of processes.
+        arguments: Command line without the program's name.
 
     Raises:
-        ConfigError: a multirun, whose jobs would start ranks of the whole multirun.
-        SystemExit: with the exit code of a rank that failed and has said why.
-        DistributedError: a rank was killed.
-        Interrupted: a signal asked to stop.
+        ConfigError: A multirun, whose jobs would start ranks of the whole multirun.
+        SystemExit: With the exit code of a rank that failed and has said why.
+        DistributedError: A rank was killed.
+        Interrupted: A signal asked to stop.
     """
     if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
         raise ConfigError("trainer", None, "a multirun cannot start several processes a job", "leave out -m")

@@ -40,7 +40,7 @@ def command(argv: Sequence[str]) -> int:
         0 only if every trial finished, else the first failing trial's exit code.
 
     Raises:
-        ConfigError: a wrong option, or a sweep that would break.
+        ConfigError: A wrong option, or a sweep that would break.
     """
     if not argv or {"-h", "--help"} & set(argv):
         print(f"{USAGE}\n\nsweeps of the package:\n{_bundled_sweeps()}")

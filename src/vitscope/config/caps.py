@@ -21,7 +21,7 @@ def apply_caps(cfg: DictConfig) -> None:
     name wherever it stands in ``analysis``; a list of numbers keeps those up to the bound.
 
     Raises:
-        ConfigError: a bound that is none.
+        ConfigError: A bound that is none.
     """
     caps = {name: bound for name, bound in dict(cfg.get("caps") or {}).items() if bound is not None}
     for name, bound in caps.items():
@@ -49,7 +49,7 @@ def apply_analysis_caps(cfg: DictConfig) -> None:
     """Lower the sizes in ``cfg.analysis`` alone to the upper bounds in ``cfg.caps``.
 
     Raises:
-        ConfigError: a bound that is none.
+        ConfigError: A bound that is none.
     """
     trainer = cfg.get("trainer")
     trainer_settings = copy.deepcopy(trainer)

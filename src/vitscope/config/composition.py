@@ -70,11 +70,11 @@ def judge(cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
     ``hydra.launcher`` and ``hydra.sweeper`` are replaced by their values, so that what is created is what was judged.
 
     Args:
-        cfg: the configuration as Hydra composed it, its ``hydra`` node included; changed in place.
-        overrides: the overrides that it was composed with.
+        cfg: The configuration as Hydra composed it, its ``hydra`` node included; changed in place.
+        overrides: The overrides that it was composed with.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: Naming the key.
     """
     hydra = cfg.get("hydra")
     if OmegaConf.is_dict(hydra):
@@ -98,7 +98,7 @@ def check_options(argv: Sequence[str]) -> None:
     """Refuse the option of Hydra that loads a pickle.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: Naming the option.
     """
     for argument in argv:
         option = argument.partition("=")[0]
@@ -110,7 +110,7 @@ def check_search_path(entries: Any) -> None:
     """Refuse packages in ``hydra.searchpath``: to look into one imports it.
 
     Raises:
-        ConfigError: naming the entry.
+        ConfigError: Naming the entry.
     """
     for entry in entries if isinstance(entries, Sequence) and not isinstance(entries, str) else [entries]:
         scheme, separator, rest = str(entry).partition("://")

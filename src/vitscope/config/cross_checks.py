@@ -72,11 +72,11 @@ def settle_class_counts(cfg: DictConfig) -> None:
     """Set ``data.num_classes`` in place to the number of classes of its folder where it is null.
 
     Args:
-        cfg: a configuration that has passed `check`.
+        cfg: A configuration that has passed `check`.
 
     Raises:
         ConfigError: ``model.num_classes`` is another number.
-        DataError: the folder is missing or has no class folders.
+        DataError: The folder is missing or has no class folders.
     """
     if not _is_counted(cfg):
         return
@@ -107,12 +107,12 @@ def check_class_order(cfg: DictConfig, content: Mapping[str, Any], path: Any) ->
     classes than the data's say nothing of their order.
 
     Args:
-        cfg: a configuration whose number of classes is settled.
-        content: contents of the file.
-        path: the file, for the error.
+        cfg: A configuration whose number of classes is settled.
+        content: Contents of the file.
+        path: The file, for the error.
 
     Raises:
-        ConfigError: the same names in another order.
+        ConfigError: The same names in another order.
     """
     source = (cfg.get("data") or {}).get("source") or {}
     numbers, names = content.get("class_to_idx"), content.get("classes") or content.get("class_names")
@@ -150,8 +150,8 @@ def settle_own_network(cfg: DictConfig, count: int | None = None) -> bool:
     """Set ``model.num_classes`` in place for a network of another package that takes it and is not told it.
 
     Args:
-        cfg: a validated configuration.
-        count: the number of classes; None for that of the data, unless pretrained weights decide it.
+        cfg: A validated configuration.
+        count: The number of classes; None for that of the data, unless pretrained weights decide it.
 
     Returns:
         Whether it was set.
@@ -182,7 +182,7 @@ def check(tree: Mapping[str, Any]) -> None:
     """Check a resolved configuration.
 
     Raises:
-        ConfigError: naming the keys that do not fit.
+        ConfigError: Naming the keys that do not fit.
     """
     model, data = tree.get("model") or {}, tree.get("data") or {}
     _check_model(model, data)
@@ -264,10 +264,10 @@ def check_schedule_length(cfg: Mapping[str, Any]) -> None:
     """Refuse a cosine in a new training that only its time ends: the number of steps is not known, and the rate would never fall.
 
     Args:
-        cfg: a validated configuration of a training.
+        cfg: A validated configuration of a training.
 
     Raises:
-        ConfigError: naming the schedule.
+        ConfigError: Naming the schedule.
     """
     optimizer, trainer = cfg["optimizer"], cfg["trainer"]
     has_length = any(trainer.get(key) not in (None, -1) for key in ("max_epochs", "max_steps"))

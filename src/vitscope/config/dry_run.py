@@ -40,13 +40,13 @@ def rehearse(cfg: DictConfig, network: nn.Module, data: Any) -> None:
     """Build the trainer, callbacks, optimizer, schedule and loaders of a training, and send two images through the network.
 
     Args:
-        cfg: a validated configuration.
-        network: the network, on the CPU; it is left as it was.
-        data: the data module, set up for training.
+        cfg: A validated configuration.
+        network: The network, on the CPU; it is left as it was.
+        data: The data module, set up for training.
 
     Raises:
-        ConfigError: naming the group that does not work.
-        DataError: there would be no step.
+        ConfigError: Naming the group that does not work.
+        DataError: There would be no step.
     """
     if data.num_classes < 2:
         fix = "add images of another class, or measure with analyze.py"
@@ -73,7 +73,7 @@ def check_subsets(cfg: DictConfig, network: nn.Module) -> None:
     """Warn of parameters that an analysis names and the network does not have; refuse them with ``on_error=raise``.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: Naming the key.
     """
     for name, node in cfg.analysis.items():
         subset = loading.plain(node).get("parameters")

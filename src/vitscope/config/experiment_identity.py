@@ -203,8 +203,8 @@ def setting(cfg: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """Return a digest of what two models must share to be compared: data, objective and length of training.
 
     Args:
-        cfg: a run's configuration.
-        without: dotted keys that may differ all the same.
+        cfg: A run's configuration.
+        without: Dotted keys that may differ all the same.
     """
     lengths = (*_LIMITS, "trainer.max_time")
     shared = {k: v for k, v in identity(cfg).items() if k.startswith(("data.", "objective.", *lengths))}
@@ -243,7 +243,7 @@ def recipe(cfg: Mapping[str, Any]) -> str:
     """Return the name of the objective in ``conf/objective`` that has the run's values; an empty text for none.
 
     Args:
-        cfg: a run's configuration.
+        cfg: A run's configuration.
     """
     node = without_default_loss(plain(cfg.get("objective") or {}))
     return next((name for name, stated_recipe in _stated_recipes().items() if node == stated_recipe), "")
@@ -264,7 +264,7 @@ def labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     ``vit-tiny, patch_size 8`` and the others do not name theirs.
 
     Args:
-        configs: one configuration for each experiment, by its digest.
+        configs: One configuration for each experiment, by its digest.
 
     Returns:
         By digest; no two names are equal.

@@ -30,8 +30,8 @@ def model(cfg: DictConfig) -> nn.Module:
     """Return the network that ``cfg.model`` describes, initialized from ``cfg.seed`` whatever was drawn before.
 
     Raises:
-        ConfigError: arguments that do not fit together, or a target that is not a module.
-        DataError: pretrained weights that cannot be fetched.
+        ConfigError: Arguments that do not fit together, or a target that is not a module.
+        DataError: Pretrained weights that cannot be fetched.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(cfg.seed))
@@ -106,7 +106,7 @@ def optimizer_builder(node: Mapping[str, Any], network: nn.Module) -> functools.
 
     Args:
         node: ``_target_`` and its arguments, without the schedule.
-        network: the network whose parameters will be trained.
+        network: The network whose parameters will be trained.
     """
     build = instantiate.instantiate({**node, "_partial_": True}, "optimizer")
     if "network" in inspect.signature(build.func).parameters:
@@ -118,7 +118,7 @@ def named_objective(name: str) -> dict[str, Any]:
     """Return the values of ``conf/objective/<name>.yaml``.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: There is no such file.
     """
     names = loading.options("objective")
     if name not in names:
@@ -152,13 +152,13 @@ def probe(
     """Return the probe that an analysis asks for.
 
     Args:
-        cfg: the run's configuration: objective and seed.
-        network: the model to look at.
-        datamodule: gives the batches.
+        cfg: The run's configuration: objective and seed.
+        network: The model to look at.
+        datamodule: Gives the batches.
         settings: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
             training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
-        facts: further facts for the card: ``checkpoint``, ``epoch``.
-        content: the checkpoint, for an objective that needs the optimizer's state.
+        facts: Further facts for the card: ``checkpoint``, ``epoch``.
+        content: The checkpoint, for an objective that needs the optimizer's state.
     """
     settings = dict(settings)
     recipe: Mapping[Any, Any] = cfg.objective
@@ -211,12 +211,12 @@ def optimizer_state(
     """Return the optimizer that a checkpoint holds: its class, hyper-parameters by group and state; None where it holds none.
 
     Args:
-        network: the network whose parameters it trains.
-        content: the checkpoint.
-        cfg: the run's configuration, which names the optimizer's class.
+        network: The network whose parameters it trains.
+        content: The checkpoint.
+        cfg: The run's configuration, which names the optimizer's class.
 
     Raises:
-        CheckpointError: the state is not one that an optimizer writes.
+        CheckpointError: The state is not one that an optimizer writes.
     """
     saved = (content or {}).get("optimizer_states") or []
     if not saved:
@@ -236,7 +236,7 @@ def adamw_scale(
     None where the checkpoint holds no such state.
 
     Raises:
-        CheckpointError: the state is not one that AdamW writes.
+        CheckpointError: The state is not one that AdamW writes.
     """
     state = optimizer_state(network, content, cfg)
     if state is None:

@@ -179,9 +179,9 @@ def judge_compositions(
     A callback of Hydra's would come too late: it is created from the configuration that has to be checked.
 
     Args:
-        check_sources: Called with a repository of configuration files, the name of the primary one and the overrides, before
-            the loader looks into its search path.
-        judge: Called with the composed configuration, its ``hydra`` node included, and the overrides.
+        check_sources: A function that is called with a repository of configuration files, the name of the primary
+            one and the overrides, before the loader looks into its search path.
+        judge: A function that is called with the composed configuration, its ``hydra`` node included, and the overrides.
 
     Raises:
         ConfigError: From a composition, where ``hydra.job.env_copy`` names a variable that is not set.

@@ -32,13 +32,13 @@ def instantiate(node: Any, path: str, *, drop: Iterable[str] = (), **arguments: 
     """Call what a node's ``_target_`` names with the node's keys, after checking every target in the tree.
 
     Args:
-        node: a mapping with ``_target_``; nested ones are built first.
-        path: dotted place of the node in the configuration, for errors.
-        drop: keys that are not arguments.
-        arguments: passed on top of the node's.
+        node: A mapping with ``_target_``; nested ones are built first.
+        path: Dotted place of the node in the configuration, for errors.
+        drop: Keys that are not arguments.
+        arguments: Arguments that are passed beside the node's.
 
     Raises:
-        ConfigError: a target that is not meant to be configured, or arguments that it refuses.
+        ConfigError: A target that is not meant to be configured, or arguments that it refuses.
     """
     tree = plain(node)
     for place, inner in targets(tree, path):

@@ -31,10 +31,10 @@ class Cost:
     """Size and cost of a model.
 
     Attributes:
-        parameters: tied ones once.
-        flops: floating-point operations of a forward pass of one image: two for each multiply-add of matrix products,
+        parameters: Tied ones once.
+        flops: Floating-point operations of a forward pass of one image: two for each multiply-add of matrix products,
             convolutions and attention.
-        why: the reason where they are not known (both are then None).
+        why: The reason where they are not known (both are then None).
     """
 
     parameters: int | None
@@ -101,7 +101,7 @@ def family_of(model_taps: Sequence[Tap]) -> str:
     ``alternet``. MLPs alone: ``mixer``.
 
     Args:
-        model_taps: the model's taps.
+        model_taps: The model's taps.
     """
     units = [tap for tap in model_taps if tap.kind in ("conv", "msa", "mlp")]
     kinds = {tap.kind for tap in units}

@@ -33,13 +33,13 @@ def check_node(
     """Check a node with a ``_target_``, and those inside it, against the signatures of what they name.
 
     Args:
-        path: the node's key.
-        node: plain values of the node.
-        extra: keys of the node itself that are not the target's arguments.
-        supplied: function from the target of ``path`` to the arguments that vitscope passes, which a configuration need not name.
+        path: The node's key.
+        node: Plain values of the node.
+        extra: Keys of the node itself that are not the target's arguments.
+        supplied: Function from the target of ``path`` to the arguments that vitscope passes, which a configuration need not name.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: Naming the key.
     """
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ConfigError(path, None, "no _target_", f"choose one of {', '.join(loading.options(path.split('.')[0]))}")
@@ -60,7 +60,7 @@ def check_arguments(
     """Check the keys, types and ranges of ``arguments`` against a signature.
 
     Raises:
-        ConfigError: an unknown key, with the nearest ones, or a value of another type or outside of its range.
+        ConfigError: An unknown key, with the nearest ones, or a value of another type or outside of its range.
     """
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -30,7 +30,7 @@ def check_target(node: Mapping[str, Any], path: str) -> Callable[..., Any]:
     """Return what a node's ``_target_`` names, if it may be configured and is given no file to unpickle.
 
     Raises:
-        ConfigError: naming the target or the argument.
+        ConfigError: Naming the target or the argument.
     """
     target = resolve(node["_target_"], path)
     if not _trusted(target):
@@ -42,7 +42,7 @@ def check_role(node: Mapping[str, Any], path: str) -> None:
     """Refuse a target that may be configured, but not in this place: an optimizer for a callback, a model for a data set.
 
     Raises:
-        ConfigError: naming the target and what belongs there.
+        ConfigError: Naming the target and what belongs there.
     """
     import pytorch_lightning as pl
     import torch
@@ -73,7 +73,7 @@ def resolve(target: Any, path: str) -> Callable[..., Any]:
     """Return the object that a dotted ``_target_`` names, if it is meant to be configured.
 
     Raises:
-        ConfigError: unknown, or not a model, optimizer, data set, metric, callback, logger or measure.
+        ConfigError: Unknown, or not a model, optimizer, data set, metric, callback, logger or measure.
     """
     key = f"{path}._target_"
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):

@@ -36,7 +36,7 @@ def validate(cfg: DictConfig) -> None:
     """Check a composed configuration.
 
     Raises:
-        ConfigError: naming the key, its value, why it cannot work and what to do.
+        ConfigError: Naming the key, its value, why it cannot work and what to do.
         DataError: ``data.root`` cannot be used.
         StorageError: ``paths.runs`` cannot be written.
     """
@@ -63,10 +63,10 @@ def validate_plain_values(cfg: DictConfig) -> None:
     A command calls this before it imports what `validate` needs, so that a slip is refused without waiting for torch.
 
     Args:
-        cfg: a composed configuration; it is not changed.
+        cfg: A composed configuration; it is not changed.
 
     Raises:
-        ConfigError: naming the key, its value, why it cannot work and what to do.
+        ConfigError: Naming the key, its value, why it cannot work and what to do.
     """
     cfg = copy.deepcopy(cfg)
     loading.drop_unchosen(cfg)

@@ -36,12 +36,12 @@ def check(node: Mapping[str, Any], path: str, module: str) -> None:
     """Refuse a node's arguments that name weights or another file; nested lists and groups of keys are gone through.
 
     Args:
-        node: a mapping with ``_target_``; mappings in it with one of their own are left to their own check.
-        path: dotted key of the file.
-        module: the module of the object that ``_target_`` names.
+        node: A mapping with ``_target_``; mappings in it with one of their own are left to their own check.
+        path: Dotted key of the file.
+        module: The module of the object that ``_target_`` names.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: Naming the argument.
     """
     group = path.partition(".")[0]
     whole = group in ("model", "data") or module.startswith(_MODELS)

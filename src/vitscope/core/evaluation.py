@@ -26,12 +26,12 @@ class Evaluation:
     """Means over the examples that have a label: images, or pixels for dense targets.
 
     Attributes:
-        nll: the objective's data term, mean over examples: for the cross entropy in nats, for other losses the loss itself.
-        accuracy: share of examples whose most probable class is the (most probable) target; NaN where logits are not finite, and
+        nll: The objective's data term, mean over examples: for the cross entropy in nats, for other losses the loss itself.
+        accuracy: Share of examples whose most probable class is the (most probable) target; NaN where logits are not finite, and
             for targets that are no classes (`Objective.right_counts`).
-        ece: expected calibration error, ten equal-width bins (a, b], see `confidence_bins`; NaN for other losses than the cross
+        ece: Expected calibration error, ten equal-width bins (a, b], see `confidence_bins`; NaN for other losses than the cross
             entropy of images.
-        n_images: the number of examples with a label on all ranks.
+        n_images: The number of examples with a label on all ranks.
         losses: (n_images,) each image's loss, where asked for; else empty. In batch order of this rank.
         correct: (n_images,) booleans, likewise; for other losses than the cross entropy shares in float64, NaN without classes.
     """
@@ -62,17 +62,17 @@ def evaluate(
     """Evaluate ``forward`` on ``batches``.
 
     Args:
-        forward: a model, or any function from images ``(B, C, H, W)`` to the outputs that the loss takes (logits ``(B, K)`` for
+        forward: A model, or any function from images ``(B, C, H, W)`` to the outputs that the loss takes (logits ``(B, K)`` for
             the cross entropy); its mode is the caller's.
         batches: ``(x, y)`` pairs, ``y`` class indices (-100: no label, the image counts nowhere), soft targets, or what the
             loss takes.
-        objective: gives the data term; plain cross entropy by default.
-        per_image: also return the loss and correctness of each image that has a label.
-        reduce: under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
-        device: the model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
+        objective: Gives the data term; plain cross entropy by default.
+        per_image: Also return the loss and correctness of each image that has a label.
+        reduce: Under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
+        device: The model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
 
     Raises:
-        ValueError: no image that has a label; ``per_image`` with a loss that gives a mean alone.
+        ValueError: No image that has a label; ``per_image`` with a loss that gives a mean alone.
     """
     sums = RunningEvaluation(objective, per_image=per_image)
     with distributed.failing_together(reduce):
@@ -85,8 +85,8 @@ class RunningEvaluation:
     """Sums of an evaluation over batches, which are added in order.
 
     Args:
-        objective: gives the data term; plain cross entropy by default.
-        per_image: also keep the loss and correctness of each image that has a label.
+        objective: Gives the data term; plain cross entropy by default.
+        per_image: Also keep the loss and correctness of each image that has a label.
     """
 
     def __init__(self, objective: Objective | None = None, *, per_image: bool = False) -> None:
@@ -110,7 +110,7 @@ class RunningEvaluation:
         """Return the means; see `evaluate` for the arguments.
 
         Raises:
-            ValueError: no image that has a label.
+            ValueError: No image that has a label.
         """
         sums = self._sums
         if sums is None:
@@ -194,7 +194,7 @@ def sums_of_members(member: Tensor, confidence: Tensor, right: Tensor, n_bins: i
         member: ``(B,)`` each image's bin, counted from 0.
         confidence: ``(B,)`` in float64.
         right: ``(B,)`` 1 or 0 in float64.
-        n_bins: number of bins.
+        n_bins: Number of bins.
     """
     if member.is_cuda:  # where bincount adds in an order that changes from call to call
         indicator = torch.nn.functional.one_hot(member, n_bins).double()  # (B, bins)

@@ -76,7 +76,7 @@ def shares_pass(make: Callable[..., Accumulator]) -> Callable[[Measure], Measure
     """Decorate a measure that needs running sums over feature maps alone: its forward pass can serve other measures too.
 
     Args:
-        make: takes the probe and the measure's options and returns the accumulator. An option of the measure that ``make``
+        make: Takes the probe and the measure's options and returns the accumulator. An option of the measure that ``make``
             does not take, such as a second model, needs passes of its own: where it is not None, no pass is shared.
     """
 
@@ -152,11 +152,11 @@ def one_pass(probe: Probe, measures: Mapping[str, Mapping[str, Any]]) -> dict[st
     They are, bit for bit, those of the measures called one after the other.
 
     Args:
-        probe: model, images and taps.
-        measures: options by the measure's name, such as ``{"relative_log_amplitude": {"path": "radial"}, "cka": {}}``.
+        probe: Model, images and taps.
+        measures: Options by the measure's name, such as ``{"relative_log_amplitude": {"path": "radial"}, "cka": {}}``.
 
     Raises:
-        ValueError: a measure that needs more than the maps of one pass, or as that measure.
+        ValueError: A measure that needs more than the maps of one pass, or as that measure.
     """
     import vitscope
 

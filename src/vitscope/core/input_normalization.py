@@ -27,7 +27,7 @@ class Pixels:
 
     Attributes:
         mean: (C, 1, 1), or (1, 1, 1) for all channels alike.
-        std: standard deviation, of the same shape and above 0.
+        std: Standard deviation, of the same shape and above 0.
     """
 
     mean: Tensor
@@ -48,7 +48,7 @@ def pixels_of(probe: Probe, mean: Sequence[float] | None = None, std: Sequence[f
     A warning says where the first batch can hardly have been normalized by it.
 
     Raises:
-        ValueError: neither is there, their lengths differ, a standard deviation is not above 0, or the first batch would
+        ValueError: Neither is there, their lengths differ, a standard deviation is not above 0, or the first batch would
             lie far from [0, 1].
     """
     pixels = stated_pixels(probe, mean, std)
@@ -62,7 +62,7 @@ def stated_pixels(probe: Probe, mean: Sequence[float] | None = None, std: Sequen
     """Return what `pixels_of` does, without a look at the images.
 
     Raises:
-        ValueError: neither is there, their lengths differ, or a standard deviation is not above 0.
+        ValueError: Neither is there, their lengths differ, or a standard deviation is not above 0.
     """
     mean = mean if mean is not None else probe.about.get("mean")
     std = std if std is not None else probe.about.get("std")

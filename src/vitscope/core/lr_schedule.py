@@ -29,20 +29,20 @@ def factor(
     milestones passed, milestones counted in epochs after warm-up; ``constant`` is 1.
 
     Args:
-        step: the optimizer step that is about to be made.
-        steps_per_epoch: optimizer steps an epoch.
-        total_epochs: epochs of training, warm-up included.
+        step: The optimizer step that is about to be made.
+        steps_per_epoch: Optimizer steps an epoch.
+        total_epochs: Epochs of training, warm-up included.
         kind: ``cosine``, ``multistep`` or ``constant``.
-        warmup_epochs: length of the warm-up.
-        warmup_steps: length of the warm-up in optimizer steps, in place of ``warmup_epochs``: of equal length also where
+        warmup_epochs: Length of the warm-up.
+        warmup_steps: Length of the warm-up in optimizer steps, in place of ``warmup_epochs``: of equal length also where
             trainings of as many steps see different amounts of data.
-        per_epoch: hold the rate within an epoch, as the official code does.
-        min_factor: factor at which the cosine ends.
-        milestones: epochs after warm-up at which the rate is multiplied by ``gamma``.
-        gamma: factor of the rate at each of ``milestones``.
+        per_epoch: Hold the rate within an epoch, as the official code does.
+        min_factor: Factor at which the cosine ends.
+        milestones: Epochs after warm-up at which the rate is multiplied by ``gamma``.
+        gamma: Factor of the rate at each of ``milestones``.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: An unknown kind.
     """
     if warmup_steps is None:
         warmup_steps = round(warmup_epochs * steps_per_epoch)

@@ -78,7 +78,7 @@ def _check_probes(measure: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     """Refuse a model, a list of batches or a run in place of a probe, as the first argument and wherever a probe is taken.
 
     Raises:
-        ValueError: another object.
+        ValueError: Another object.
     """
     name = getattr(measure, "__name__", "the measure")
     probes = {"probe": args[0]} if args else {}
@@ -107,7 +107,7 @@ def _rename_equivalent(arguments: dict[str, Any], names: Collection[str]) -> Non
     """Give an argument that has another of the `EQUIVALENT` names the name that a measure has, in place.
 
     Raises:
-        TypeError: it is given under both names.
+        TypeError: It is given under both names.
     """
     own_names = [name for name in EQUIVALENT if name in names]
     if len(own_names) != 1:

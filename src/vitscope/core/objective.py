@@ -34,19 +34,19 @@ class Objective:
     """A loss averaged over examples, plus one L2 term.
 
     Attributes:
-        weight_decay: the factor wd of the L2 term, at least 0.
+        weight_decay: The factor wd of the L2 term, at least 0.
         l2: ``half_sq`` wd/2 * sum of squares; ``sum_norm`` wd * sum of the un-squared tensor norms (the released code of
             Park & Kim); ``adamw`` wd/2 * sum of (sqrt(v) + eps) w^2 with v frozen from the optimizer's state, whose
             gradient vanishes together with AdamW's step; ``none``.
-        label_smoothing: smoothing of index targets, in [0, 1). Soft targets are never smoothed again.
+        label_smoothing: Smoothing of index targets, in [0, 1). Soft targets are never smoothed again.
         loss: ``cross_entropy``, ``mse``, ``bce`` or ``dense_cross_entropy``, see `vitscope.core.losses.named_losses`; or a
             callable ``loss(outputs, targets)`` that returns one value per image ``(B,)``, or their mean, a scalar, which a batch
             then weighs by its images. Images whose class index is ``IGNORED_LABEL`` count in neither. A module's parameters are
             constants: they are no part of the network that is measured.
-        decay_scale: scale of the decay, for ``adamw`` only: sqrt(v) + eps for each parameter by name.
+        decay_scale: Scale of the decay, for ``adamw`` only: sqrt(v) + eps for each parameter by name.
 
     Raises:
-        ValueError: an unknown form or loss, a negative or non-finite factor, ``adamw`` without ``decay_scale``, or
+        ValueError: An unknown form or loss, a negative or non-finite factor, ``adamw`` without ``decay_scale``, or
             a loss that is a class, or label smoothing of a callable.
     """
 
@@ -90,13 +90,13 @@ class Objective:
         An image or pixel whose index is ``IGNORED_LABEL`` has loss 0 and counts in no mean; a mean over no example is NaN.
 
         Args:
-            outputs: logits ``(B, C)``, or what the loss takes.
-            y: indices ``(B,)`` or soft targets ``(B, C)``, or what the loss takes.
+            outputs: Logits ``(B, C)``, or what the loss takes.
+            y: Indices ``(B,)`` or soft targets ``(B, C)``, or what the loss takes.
             reduction: ``mean`` over examples; ``sum`` over them; ``none`` for each image's loss ``(B,)``, the mean over its
                 examples.
 
         Raises:
-            ValueError: soft targets together with smoothing, shapes that do not match, or ``none`` for a callable that returns
+            ValueError: Soft targets together with smoothing, shapes that do not match, or ``none`` for a callable that returns
                 a mean.
         """
         if self.loss == "cross_entropy":
@@ -126,7 +126,7 @@ class Objective:
         """Return the loss as a card states it.
 
         Args:
-            y: targets of a batch, which say whether they are class indices.
+            y: Targets of a batch, which say whether they are class indices.
         """
         smoothing = f", label smoothing {self.label_smoothing:g}"
         if self.loss == "cross_entropy":

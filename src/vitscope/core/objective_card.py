@@ -39,16 +39,16 @@ class ObjectiveCard:
     decide whether two results may share an axis; the rest is provenance.
 
     Attributes:
-        preprocessing: how image files became pixels: the crop, the background of transparent pixels, the samples that are black
+        preprocessing: How image files became pixels: the crop, the background of transparent pixels, the samples that are black
             and white; ``default`` for a center crop, white and full scale, and for images that come as arrays.
-        parameters: those of derivatives: a subset by its name, ``all``, or ``trainable`` where a tenth of the values or
+        parameters: Those of derivatives: a subset by its name, ``all``, or ``trainable`` where a tenth of the values or
             more does not require gradients.
-        input_shape: shape of one image of the first batch as the network takes it, ``3 x 224 x 224``; of a network with several
+        input_shape: Shape of one image of the first batch as the network takes it, ``3 x 224 x 224``; of a network with several
             inputs the shape of each that has one row an image. It is not compared, for each network has its own.
-        step: optimizer steps that the weights have made, where a run states it.
-        options: the measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
+        step: Optimizer steps that the weights have made, where a run states it.
+        options: The measure's arguments, defaults included, but for those of `vitscope.core.measure_options.INCIDENTAL`; None
             where a version saved the result that did not record them.
-        changes: values of the run's network and of the folder of its images that the command changed, by their dotted keys.
+        changes: Values of the run's network and of the folder of its images that the command changed, by their dotted keys.
     """
 
     loss: str = "unknown"
@@ -135,7 +135,7 @@ def check_comparable(cards: Mapping[str, ObjectiveCard | None]) -> None:
     """Refuse to overlay results that were measured under different objectives or with different options.
 
     Raises:
-        ValueError: naming the keys that differ and both values.
+        ValueError: Naming the keys that differ and both values.
     """
     named = [(name, card.conditions()) for name, card in cards.items() if card is not None]
     for name, conditions in named[1:]:

@@ -29,9 +29,9 @@ class ParameterState:
     """State and settings of an optimizer for one parameter.
 
     Attributes:
-        group: the hyper-parameters of its group.
-        state: moments and steps of the parameter; empty before the first step.
-        shape: shape of the parameter.
+        group: The hyper-parameters of its group.
+        state: Moments and steps of the parameter; empty before the first step.
+        shape: Shape of the parameter.
     """
 
     group: Mapping[str, Any]
@@ -44,10 +44,10 @@ class OptimizerState:
     """An optimizer at a point of training.
 
     Attributes:
-        name: class of the optimizer in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
-        parameters: state and settings of each parameter that it trains, by name; empty where it cannot be told.
-        unknown: why no limit of stability can be derived, or an empty text.
-        ascent_radius: rho of sharpness-aware minimization around this optimizer; 0 without.
+        name: Class of the optimizer in `torch.optim`, such as ``AdamW``; another class's name where it is none of those.
+        parameters: State and settings of each parameter that it trains, by name; empty where it cannot be told.
+        unknown: Why no limit of stability can be derived, or an empty text.
+        ascent_radius: Radius rho of sharpness-aware minimization around this optimizer; 0 without.
     """
 
     name: str
@@ -83,11 +83,11 @@ def of_checkpoint(saved: Mapping[str, Any], model: nn.Module, target: Mapping[st
 
     Args:
         saved: ``param_groups`` and ``state``.
-        model: the model whose trainable parameters the optimizer was given, in their order.
-        target: the configuration's optimizer (``_target_``, of SAM with ``rho`` and ``base``), where it is known.
+        model: The model whose trainable parameters the optimizer was given, in their order.
+        target: The configuration's optimizer (``_target_``, of SAM with ``rho`` and ``base``), where it is known.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: a state that no optimizer writes.
+        KeyError, TypeError, ValueError, AttributeError: A state that no optimizer writes.
     """
     groups, state = list(saved["param_groups"]), saved["state"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

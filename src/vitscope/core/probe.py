@@ -43,26 +43,26 @@ class Probe:
     """A model, batches and an objective: everything a measure needs.
 
     Args:
-        model: any module from images ``(B, C, H, W)`` to logits ``(B, K)``, or to the outputs that the loss takes. The module
+        model: Any module from images ``(B, C, H, W)`` to logits ``(B, K)``, or to the outputs that the loss takes. The module
             inside ``torch.compile(model)``, ``nn.DataParallel`` and ``DistributedDataParallel`` takes their place.
         batches: ``[(x, y), ...]`` with augmentation and mixup already applied; or mappings of named tensors with the targets in
             ``labels``, the others passed as ``model(**others)``; or, with ``forward`` and ``targets``, tuples and mappings of
             any tensors. A list, or any re-iterable that gives identical tensors on every pass. Under ``torch.distributed`` every
             rank passes the full sequence. What a batch must be like is said in `vitscope.core.guard.input_checks`; it is checked
             when it is first seen.
-        objective: what is differentiated or evaluated; plain cross entropy by default.
-        taps: where feature maps are read, for a model that `vitscope.taps` does not know.
-        about: facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
-        optimizer: gives the optimizer at this point of training, where it is known.
-        output: what of the model's output is measured: a key, an index or attribute, or a function of the output; by default
+        objective: What is differentiated or evaluated; plain cross entropy by default.
+        taps: Where feature maps are read, for a model that `vitscope.taps` does not know.
+        about: Facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
+        optimizer: Gives the optimizer at this point of training, where it is known.
+        output: What of the model's output is measured: a key, an index or attribute, or a function of the output; by default
             the tensor that it is, or its ``logits``.
         forward: ``forward(model, batch)`` returns the output, for batches that ``model(x)`` or ``model(**others)`` does not fit.
-        targets: key, index or function of a batch that gives the targets; by default the second of a pair, or ``labels``.
-        structure: residual units to use in place of found ones, each a `vitscope.models.structure.UnitDescription` or a
+        targets: Key, index or function of a batch that gives the targets; by default the second of a pair, or ``labels``.
+        structure: Residual units to use in place of found ones, each a `vitscope.models.structure.UnitDescription` or a
             mapping with its keys. They stay with the model until others are passed; None leaves them as they are.
 
     Raises:
-        ValueError: a one-shot iterator, no batch, a model that is not a module, or ``taps``, ``objective``, ``output``,
+        ValueError: A one-shot iterator, no batch, a model that is not a module, or ``taps``, ``objective``, ``output``,
             ``forward`` or ``targets`` of another type.
     """
 
@@ -163,7 +163,7 @@ class Probe:
         """Check that there is a place where feature maps can be read.
 
         Raises:
-            ValueError: there is none.
+            ValueError: There is none.
         """
         if not self.taps:
             raise ValueError("Expected at least one tap, received none: pass taps=[...] to the probe.")
@@ -172,7 +172,7 @@ class Probe:
         """Check that the model's taps follow all of its attention and MLPs, before a measure compares kinds of units.
 
         Raises:
-            ValueError: they do not, and no taps were passed by hand.
+            ValueError: They do not, and no taps were passed by hand.
         """
         if not self._own_taps:
             structure_reader().refuse_missing_units(self.model, self._missing_units())
@@ -209,7 +209,7 @@ class Probe:
         An example is an image; for dense targets a labeled pixel.
 
         Raises:
-            ValueError: none has a label.
+            ValueError: None has a label.
         """
         count = self._counted()[1]
         if count == 0:
@@ -236,7 +236,7 @@ class Probe:
         """Return the optimizer's class, hyper-parameters and state at this point of training; None where they are not known.
 
         Raises:
-            CheckpointError: its state is damaged.
+            CheckpointError: The optimizer's state is damaged.
         """
         return self._optimizer() if self._optimizer is not None else None
 
@@ -244,7 +244,7 @@ class Probe:
         """Return the parameters that require gradients by name, tied ones once.
 
         Raises:
-            ValueError: the model has none.
+            ValueError: The model has none.
         """
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not named:
@@ -318,21 +318,21 @@ class Probe:
         outputs.
 
         Args:
-            second_order: whether the model will be differentiated, once or twice.
-            dtype: cast model and batches for the time inside; half precision is lifted to float32 for derivatives.
+            second_order: Whether the model will be differentiated, once or twice.
+            dtype: Cast model and batches for the time inside; half precision is lifted to float32 for derivatives.
             bn: ``eval`` uses BatchNorm's running statistics; ``batch`` those of each batch, buffers untouched.
-            restore_weights: keep a copy of the weights and put it back (for measures that write to them).
-            logits: whether the model must return logits; False for measures of feature maps alone.
-            moves_weights: whether the model will be evaluated at other weights than its own.
-            micro_batch: images that the measure evaluates at once; the check uses no more. None for a whole batch.
-            first_order: with ``second_order``, whether the model will be differentiated once alone: attention then uses the
+            restore_weights: Keep a copy of the weights and put it back (for measures that write to them).
+            logits: Whether the model must return logits; False for measures of feature maps alone.
+            moves_weights: Whether the model will be evaluated at other weights than its own.
+            micro_batch: Images that the measure evaluates at once; the check uses no more. None for a whole batch.
+            first_order: With ``second_order``, whether the model will be differentiated once alone: attention then uses the
                 model's own kernels, and frozen integer weights may stand beside trainable ones.
-            keeps_shards: of a model whose weights are sharded over ranks: gather them in each pass, in place of once for the time
-                inside (`vitscope.core.sharding`). All ranks then have to make the same passes.
+            keeps_shards: For a model whose weights are sharded over ranks: gather them in each pass, instead of once for the
+                time inside (`vitscope.core.sharding`). All ranks then have to make the same passes.
 
         Raises:
-            NumericalError: weights that are not finite.
-            ValueError: a part made by ``torch.jit``, weights made in inference mode, outputs that are no logits, an unknown
+            NumericalError: Weights that are not finite.
+            ValueError: A part made by ``torch.jit``, weights made in inference mode, outputs that are no logits, an unknown
                 BatchNorm policy, batches that differ between passes, or, with ``second_order`` or ``moves_weights``, a model
                 that is quantized, sparse, random in eval mode or that writes to its own weights.
         """

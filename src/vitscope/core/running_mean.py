@@ -17,7 +17,7 @@ class RunningMean:
     """Count, sum and sum of squares over images, kept in float64 on the device the values came from.
 
     Args:
-        answers: whether the values are right or wrong answers (0, 1) or their changes (-1, 0, 1) rather than measurements.
+        answers: Whether the values are right or wrong answers (0, 1) or their changes (-1, 0, 1) rather than measurements.
     """
 
     def __init__(self, answers: bool = False) -> None:
@@ -53,11 +53,11 @@ def estimates(means: Sequence[RunningMean], level: float = 0.95) -> list[Estimat
     """Return each mean over all ranks' images, with its t-interval.
 
     Args:
-        means: running means, the same number on every rank; a rank that saw no image leaves its own empty.
-        level: coverage of the interval, in (0, 1).
+        means: Running means, the same number on every rank; a rank that saw no image leaves its own empty.
+        level: Coverage of the interval, in (0, 1).
 
     Raises:
-        ValueError: a level outside (0, 1).
+        ValueError: A level outside (0, 1).
     """
     check_level(level)
     ranks = distributed.gather_objects([m.state() for m in means])

@@ -72,7 +72,7 @@ def structure_reader() -> StructureReader:
     """Return the registered reader.
 
     Raises:
-        RuntimeError: none is registered.
+        RuntimeError: None is registered.
     """
     if _load is None:
         raise RuntimeError("Expected a structure reader to be registered by `import vitscope`, received none.")

@@ -74,7 +74,7 @@ def refuse_other_taps(taps: Iterable[Any]) -> None:
     """Check that what a probe is given as taps are none of names and modules.
 
     Raises:
-        ValueError: one is a text or a module.
+        ValueError: One is a text or a module.
     """
     for tap in taps:
         if isinstance(tap, str | nn.Module) or isinstance(getattr(tap, "module", None), str):
@@ -121,11 +121,11 @@ def chosen_taps(taps: Sequence[Tap], choice: str | Sequence[str]) -> list[Tap]:
     """Return the taps that a measure reads, in their order.
 
     Args:
-        taps: taps of the model, at least one.
+        taps: Taps of the model, at least one.
         choice: ``stages``, the last tap of each stage after the stem, and the last of all; ``last``; ``all``; or names.
 
     Raises:
-        ValueError: a name that no tap has, or none.
+        ValueError: A name that no tap has, or none.
     """
     if choice == "all":
         return list(taps)

@@ -14,8 +14,8 @@ def warn_nulls(measure: str, reasons: Mapping[str, str]) -> None:
     """Warn once for a measure, naming the entries (taps, units) that are null, grouped by reason.
 
     Args:
-        measure: the measure's name.
-        reasons: the reason by entry; nothing happens where it is empty.
+        measure: The measure's name.
+        reasons: The reason by entry; nothing happens where it is empty.
     """
     groups: dict[str, list[str]] = {}
     for name, reason in reasons.items():

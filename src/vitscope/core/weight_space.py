@@ -35,7 +35,7 @@ def select_checkpoints(checkpoints: Checkpoints | None, labels: Sequence[str] | 
     """Yield the checkpoints of those labels, in the labels' order and one at a time; all of them for None.
 
     Raises:
-        ValueError: no checkpoint at all, or a label that none has.
+        ValueError: No checkpoint at all, or a label that none has.
     """
     if checkpoints is None or len(checkpoints) == 0:
         raise ValueError("Expected checkpoints (pairs of a label and a state dict), received none.")
@@ -54,8 +54,8 @@ def check_movable(probe: Probe) -> None:
     """Raise where the probe's weights cannot be moved or are not finite: before directions are made from them.
 
     Raises:
-        NumericalError: weights that are not finite.
-        ValueError: weights that are quantized, sparse, made in inference mode or without storage.
+        NumericalError: Weights that are not finite.
+        ValueError: Weights that are quantized, sparse, made in inference mode or without storage.
     """
     if is_sharded(probe.model):
         raise ValueError(
@@ -76,7 +76,7 @@ def guarded_evaluation(
     batches), and poll for termination at each batch.
 
     Args:
-        probe: the model, batches and objective.
+        probe: The model, batches and objective.
         dtype: float64 and float32 cast the model for the time inside; bfloat16 and float16 keep its weights and run the forward
             passes under autocast. Weights in half precision become float32 in any case: they could not move by a share of
             themselves below 0.4 %.
@@ -84,7 +84,7 @@ def guarded_evaluation(
             the probe's batches of each batch's statistics.
 
     Raises:
-        ValueError: an unknown BatchNorm policy.
+        ValueError: An unknown BatchNorm policy.
     """
     if bn not in BN_POLICIES:
         raise ValueError(f"Expected bn to be one of {', '.join(BN_POLICIES)}, received {bn!r}.")
@@ -110,10 +110,10 @@ class WeightEvaluation:
     """Evaluation of a guarded model with the weights that it has, see `guarded_evaluation`.
 
     Args:
-        probe: the probe, whose batches and objective are evaluated.
-        model: the guarded model.
-        autocast: reduced precision of the forward passes; None for the model's own.
-        bn: one of `BN_POLICIES`.
+        probe: The probe, whose batches and objective are evaluated.
+        model: The guarded model.
+        autocast: Reduced precision of the forward passes; None for the model's own.
+        bn: One of `BN_POLICIES`.
     """
 
     def __init__(self, probe: Probe, model: nn.Module, autocast: torch.dtype | None, bn: str) -> None:
@@ -142,7 +142,7 @@ class WeightEvaluation:
         batches. Recalibrated BatchNorm, whose statistics are needed before the first batch is evaluated, takes passes of its own.
 
         Args:
-            moves: functions that set the weights of the points.
+            moves: Functions that set the weights of the points.
         """
         if len(moves) == 1 or self._bn != "eval":
             return [self._moved(move) for move in moves]

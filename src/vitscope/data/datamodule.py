@@ -299,7 +299,7 @@ class DataModule(pl.LightningDataModule):
         """Return this module with the augmentation and the mixing of another objective, its images shared.
 
         Args:
-            objective: the keys of a file of `conf/objective`.
+            objective: The keys of a file of `conf/objective`.
         """
         other = copy.copy(self)
         other.recipe = replace(self.recipe, augment=objective["augment"], random_erasing=objective["random_erasing"])

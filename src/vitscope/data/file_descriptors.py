@@ -33,7 +33,7 @@ def check_spare() -> None:
     A worker whose batch cannot be handed over says so in a thread that nobody reads, and the main process waits for ever.
 
     Raises:
-        StorageError: there are too few.
+        StorageError: There are too few.
     """
     opened = []
     try:

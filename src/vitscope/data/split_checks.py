@@ -15,7 +15,7 @@ def check_split(
 
     Args:
         images: The split's images and labels.
-        split: Its name.
+        split: The split's name.
         name: Name of the data set, for errors.
         root: Folder of the data set, for errors.
         num_classes: Configured number of classes.

@@ -33,12 +33,12 @@ class BasisBuffer:
     """Memory that one basis after another uses: taking pages from the operating system costs as much as filling them.
 
     Args:
-        choice: one of `PLACEMENTS`. ``device`` is the memory of the operator's device, ``cpu`` the host's, ``disk`` a file
+        choice: One of `PLACEMENTS`. ``device`` is the memory of the operator's device, ``cpu`` the host's, ``disk`` a file
             without a name in the folder for temporary files (``TMPDIR``), which ends with the process.
-        shared: every rank runs one search on an operator whose products are reduced; each then holds its share of the columns.
+        shared: Every rank runs one search on an operator whose products are reduced; each then holds its share of the columns.
 
     Attributes:
-        placement: place of the rows: ``device``, ``cpu`` or ``disk``; with ``auto`` ``device`` until `plan` has chosen.
+        placement: Place of the rows: ``device``, ``cpu`` or ``disk``; with ``auto`` ``device`` until `plan` has chosen.
     """
 
     def __init__(self, choice: str = "auto", *, shared: bool = False) -> None:
@@ -67,14 +67,14 @@ class BasisBuffer:
         """Choose where the rows will be; return how many fit, up to ``most``.
 
         Args:
-            like: a vector ``(size,)`` whose size, dtype and device are used.
-            least: number of rows without which the basis is of no use.
-            most: number of rows beyond which more are of no use.
-            max_memory: bytes that the rows may take, those of all ranks together; None: a quarter of what is free, and where that
+            like: A vector ``(size,)`` whose size, dtype and device are used.
+            least: Number of rows without which the basis is of no use.
+            most: Number of rows beyond which more are of no use.
+            max_memory: Bytes that the rows may take, those of all ranks together; None: a quarter of what is free, and where that
                 is too little for ``least`` rows up to half.
 
         Raises:
-            ValueError: fewer than ``least`` rows fit.
+            ValueError: Fewer than ``least`` rows fit.
         """
         row = like.element_size() * len(like)
         rows = 0
@@ -101,7 +101,7 @@ class BasisBuffer:
         """Return ``(capacity, share)``, of the dtype of ``like (size,)``; the rows given before are lost.
 
         Raises:
-            StorageError: the disk has no space for the file.
+            StorageError: The disk has no space for the file.
         """
         share = self.share(len(like))
         device = like.device if self.placement == "device" else torch.device("cpu")
@@ -130,7 +130,7 @@ def check_placement(choice: str) -> None:
     """Check the name of a place for a basis.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: An unknown name.
     """
     if choice not in PLACEMENTS:
         raise ValueError(f"Expected basis to be one of {', '.join(PLACEMENTS)}, received {choice!r}.")
@@ -179,12 +179,12 @@ def file_tensor(n_bytes: int, key: str, fix: str) -> Tensor:
     Its blocks are reserved, so that writing cannot fail; the file ends with the tensor, or with the process.
 
     Args:
-        n_bytes: number of bytes.
-        key: the configuration's key that asked for a file, for the error.
-        fix: advice for the error where there is no space.
+        n_bytes: Number of bytes.
+        key: The configuration's key that asked for a file, for the error.
+        fix: Advice for the error where there is no space.
 
     Raises:
-        StorageError: the disk has no space.
+        StorageError: The disk has no space.
     """
     if n_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)

@@ -40,11 +40,11 @@ class SideBySide:
     """The Hessians of batches of equal shape, each a mean over its images, with the L2 term's where that is no shift.
 
     Args:
-        made: the model, parameters and options.
+        made: The model, parameters and options.
         group: ``(number, (x, y))`` of each batch.
 
     Raises:
-        CannotBatch: another operator than the Hessian, batch statistics, micro-batches or unequal shapes.
+        CannotBatch: Another operator than the Hessian, batch statistics, micro-batches or unequal shapes.
     """
 
     def __init__(self, curvatures: Curvatures, group: Sequence[tuple[int, Batch]]) -> None:
@@ -61,7 +61,7 @@ class SideBySide:
         """Return the data term's gradients ``(B, size)``.
 
         Raises:
-            NumericalError: a loss is not finite.
+            NumericalError: A loss is not finite.
         """
         gradients, losses = vmap(grad_and_value(self._loss), in_dims=(None, 0, 0))(self.point, self.x, self.y)
         for (index, (x, _)), loss in zip(self.group, losses.tolist()):
@@ -77,8 +77,8 @@ class SideBySide:
         """Return H v without the L2 term's shift, in pieces, of the batches numbered ``which`` in the group.
 
         Args:
-            vectors: one ``(size,)`` each.
-            which: places in the group.
+            vectors: One ``(size,)`` each.
+            which: Places in the group.
         """
         sizes = [p.numel() for p in self.point.values()]
         columns = torch.stack(list(vectors)).split(sizes, dim=1)
@@ -134,18 +134,18 @@ def eigenvalues_side_by_side(
     """Return the ``k`` eigenvalues of largest magnitude of each batch's Hessian, as `solve` would one after the other.
 
     Args:
-        curvatures: the model, parameters and options.
+        curvatures: The model, parameters and options.
         group: ``(number, (x, y))`` of each batch.
-        k: number of eigenvalues.
-        n_ends: also this many of the largest and of the smallest.
-        tol: relative error at which to stop.
-        max_products: the most products of a batch.
-        max_memory: bytes that all bases together may take; None: a quarter of what is free (on a GPU half).
-        seed: seed of start vectors.
+        k: Number of eigenvalues.
+        n_ends: Number of the largest and of the smallest eigenvalues that are returned too.
+        tol: Relative error at which to stop.
+        max_products: The most products of a batch.
+        max_memory: Bytes that all bases together may take; None: a quarter of what is free (on a GPU half).
+        seed: Seed of start vectors.
 
     Raises:
-        CannotBatch: see `SideBySide`; or the model's operations do not allow it, or give other products under vmap.
-        ValueError, NumericalError: as `solve`.
+        CannotBatch: See `SideBySide`; or the model's operations do not allow it, or give other products under vmap.
+        ValueError, NumericalError: As `solve`.
     """
     stacked = SideBySide(curvatures, group)
     starts = _started(stacked, seed)

@@ -43,10 +43,10 @@ class Eigenpairs:
         errors: (k,) estimates of |value - eigenvalue|: the residual or, where smaller, residual^2 / gap.
         converged: (k,) whether the estimate is within the tolerance and, where the probability below is known, that is at most
             `vitscope.linalg.missed_eigenvalues.HIGHEST_PROBABILITY`.
-        n_products: products made.
+        n_products: Products made.
         vectors: (k, size) orthonormal, or None.
-        resolution: values nearer to zero than that may owe their sign to rounding, see `Lanczos.resolution`.
-        missed_probability: bound of the probability that an eigenvalue more than 1 % beyond the outermost of these exists and
+        resolution: Values nearer to zero than that may owe their sign to rounding, see `Lanczos.resolution`.
+        missed_probability: Bound of the probability that an eigenvalue more than 1 % beyond the outermost of these exists and
             was passed over, see `vitscope.linalg.missed_eigenvalues`; NaN where the random share of the start is not stated.
     """
 
@@ -83,30 +83,30 @@ def extreme_eigenvalues(
 
     Args:
         product: ``v -> H v``, see `Lanczos`.
-        start: the first vector ``(size,)``.
-        k: number of eigenvalues; with ``both`` at either end.
+        start: The first vector ``(size,)``.
+        k: Number of eigenvalues; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
-        n_ends: this many more of the largest, then of the smallest, after the others.
-        tol: relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
-        max_products: the most products, at least one for each eigenvalue; what has not converged then says so.
-        max_memory: bytes that the basis may take, on all ranks together; thick restarts keep to it. None: a quarter of what is
+        n_ends: Number of the largest, then of the smallest eigenvalues that follow the others; 0 for none.
+        tol: Relative error of each eigenvalue at which to stop (of the largest one's magnitude times 1e-3 where smaller).
+        max_products: The most products, at least one for each eigenvalue; what has not converged then says so.
+        max_memory: Bytes that the basis may take, on all ranks together; thick restarts keep to it. None: a quarter of what is
             free.
-        vectors: also return the eigenvectors.
-        seed: seed of the random vectors that continue after an invariant subspace.
-        shift: added to every eigenvalue: the operator is H + shift I.
-        shared: every rank runs this on one operator whose products are reduced: all must stop together, and each holds a share
+        vectors: Whether to return the eigenvectors too.
+        seed: Seed of the random vectors that continue after an invariant subspace.
+        shift: A number that is added to every eigenvalue: the operator is H + shift I.
+        shared: Every rank runs this on one operator whose products are reduced: all must stop together, and each holds a share
             of the basis.
-        memory: memory of the basis, to be used again by the next search, with the same ``shared``; None for its own.
-        confirmations: products in a row with which all eigenvalues must be known; None for `SMALL_CONFIRMATIONS` in a space of
+        memory: Memory of the basis, to be used again by the next search, with the same ``shared``; None for its own.
+        confirmations: Products in a row with which all eigenvalues must be known; None for `SMALL_CONFIRMATIONS` in a space of
             at most `SMALL_SIZE` dimensions and `CONFIRMATIONS` in others.
-        random_share: length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
+        random_share: Length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
             of which that is not asked.
-        product_error: returns by how much products with unit vectors may be off beyond rounding, after the last product: it is
+        product_error: Returns by how much products with unit vectors may be off beyond rounding, after the last product: it is
             added to residuals and errors. 0 for exact products.
 
     Raises:
-        ValueError: fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
+        ValueError: Fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a
             ``max_memory`` in which Lanczos cannot run.
     """
     search = Search(
@@ -127,7 +127,7 @@ class Search:
     Args and raises: as `extreme_eigenvalues`.
 
     Attributes:
-        lanczos: the process; ``lanczos.row`` is the vector whose product `absorb` takes.
+        lanczos: The process; ``lanczos.row`` is the vector whose product `absorb` takes.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ def check_stopping_rule(tol: float, max_products: int) -> None:
     """Check when a search stops.
 
     Raises:
-        ValueError: a tolerance outside (0, 1), or fewer than one product.
+        ValueError: A tolerance outside (0, 1), or fewer than one product.
     """
     if not 0 < tol < 1:
         raise ValueError(f"Expected tol between 0 and 1, received {tol}.")

@@ -31,17 +31,17 @@ class Basis:
     """Rows ``(capacity, size)`` of which the first ``count`` are orthogonal; a row times its scale has length 1.
 
     Args:
-        capacity: the most rows.
-        like: a vector ``(size,)`` whose size, dtype and device are used.
-        memory: memory of the rows, which says which columns this rank holds; None for new memory with all columns.
+        capacity: The most rows.
+        like: A vector ``(size,)`` whose size, dtype and device are used.
+        memory: Memory of the rows, which says which columns this rank holds; None for new memory with all columns.
 
     Attributes:
         rows: (capacity, columns of this rank) the memory; on a CPU pages are taken only when a row is first written.
         scales: (capacity,) one over each row's length.
-        count: rows in use.
-        size: columns of all ranks.
-        capacity: the most rows.
-        dtype: type of the rows.
+        count: Rows in use.
+        size: Columns of all ranks.
+        capacity: The most rows.
+        dtype: Type of the rows.
     """
 
     def __init__(self, capacity: int, like: Tensor, memory: BasisBuffer | None = None) -> None:
@@ -66,8 +66,8 @@ class Basis:
         """Return the inner products of the unit rows from ``first`` on with a vector, float64.
 
         Args:
-            pieces: what flattened and joined makes up the vector ``(size,)``; None: the row after those in use.
-            first: number of the first row.
+            pieces: What flattened and joined makes up the vector ``(size,)``; None: the row after those in use.
+            first: Number of the first row.
         """
         total = torch.zeros(self.count - first, dtype=torch.float64, device=self.rows.device)
         at_once = self.block if self.rows.is_cuda else min(self.block, CPU_ENTRIES // max(1, self.count - first))

@@ -36,18 +36,18 @@ class Lanczos:
     Args:
         product: ``v (size,) -> H v`` as one tensor or as pieces that, flattened and joined, make up ``(size,)``; None where
             products come from outside, to `absorb`.
-        start: the first vector ``(size,)``, of any length; a zero one is replaced by a random one.
-        capacity: rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
-        seed: seed of the random vectors that continue after an invariant subspace.
-        shift: added to every eigenvalue: the operator is H + shift I.
-        memory: memory of the basis; None for its own.
+        start: The first vector ``(size,)``, of any length; a zero one is replaced by a random one.
+        capacity: Rows of memory; at most ``capacity - 1`` steps between two calls of `restart`.
+        seed: Seed of the random vectors that continue after an invariant subspace.
+        shift: A number that is added to every eigenvalue: the operator is H + shift I.
+        memory: Memory of the basis; None for its own.
 
     Attributes:
         projection: (m, m) float64, T.
         coupling: (m,) of the basis' last row with the rows before it: what T's next column begins with.
-        breakdowns: after how many products the basis spanned an invariant subspace and a random vector was taken.
-        n_products: products made.
-        asymmetry: the largest difference seen between <p, H q> and <q, H p> of unit rows p and q, which is 0 in exact
+        breakdowns: After how many products the basis spanned an invariant subspace and a random vector was taken.
+        n_products: Products made.
+        asymmetry: The largest difference seen between <p, H q> and <q, H p> of unit rows p and q, which is 0 in exact
             arithmetic: the rounding of products as it is.
     """
 

@@ -37,7 +37,7 @@ class KrylovPolynomial:
 
     Attributes:
         roots: (j,) Ritz values.
-        log_betas: logarithm of beta_1 ... beta_j; -inf where the basis spans an invariant subspace.
+        log_betas: Logarithm of beta_1 ... beta_j; -inf where the basis spans an invariant subspace.
     """
 
     roots: np.ndarray
@@ -54,7 +54,7 @@ class KrylovPolynomial:
         Args:
             value: Beyond all roots.
             size: Dimension of the space.
-            random_share: s, the length of the start vector's random part relative to that of its fixed part.
+            random_share: The share s: the length of the start vector's random part relative to that of its fixed part.
         """
         factor = math.sqrt(2 / math.pi * size) * math.sqrt(1 + random_share**2) / random_share
         return min(1.0, factor * math.exp(min(self.log_inverse(value), 0.0)))

@@ -45,15 +45,15 @@ class StabilityLimit:
     """The critical curvature of every weight, and the same as a preconditioner and one threshold.
 
     Attributes:
-        name: the optimizer's class.
-        critical: the critical curvature by parameter name, float64 and broadcastable; infinite where the weight does not move.
-        decay: coupled decay by parameter name, which adds to the curvature.
-        unit: unit of ``critical``: divided by it they are the preconditioner P of which ``threshold`` is the limit.
-        threshold: threshold of the first group that moves, without p: 2 (1 + beta1) / ((1 - beta1) lr) for Adam; infinite where
+        name: The optimizer's class.
+        critical: The critical curvature by parameter name, float64 and broadcastable; infinite where the weight does not move.
+        decay: Coupled decay by parameter name, which adds to the curvature.
+        unit: Unit of ``critical``: divided by it they are the preconditioner P of which ``threshold`` is the limit.
+        threshold: Threshold of the first group that moves, without p: 2 (1 + beta1) / ((1 - beta1) lr) for Adam; infinite where
             the rate of every group is 0, and ``critical`` is then that of a rate of 1.
-        lr: the rate of that group.
-        beta1: momentum coefficient of that group, NaN where it has none.
-        formula: formula of the threshold.
+        lr: The rate of that group.
+        beta1: Momentum coefficient of that group, NaN where it has none.
+        formula: Formula of the threshold.
     """
 
     name: str
@@ -72,14 +72,14 @@ def stability_limit(
     """Return the limit of a known optimizer.
 
     Args:
-        optimizer: class, hyper-parameters and state.
-        lr: a rate in place of every group's own.
-        bias_correction: whether Adam's limit is that of its next step, whose first moment is divided by 1 - beta1^t; else that
+        optimizer: Class, hyper-parameters and state.
+        lr: A rate in place of every group's own.
+        bias_correction: Whether Adam's limit is that of its next step, whose first moment is divided by 1 - beta1^t; else that
             of many steps later.
 
     Raises:
-        LookupError: there is no known limit; the message says why.
-        KeyError, TypeError, AttributeError: a state that the optimizer does not write.
+        LookupError: There is no known limit; the message says why.
+        KeyError, TypeError, AttributeError: A state that the optimizer does not write.
     """
     _refuse_without_limit(optimizer)
     parameters = optimizer.parameters
@@ -135,12 +135,12 @@ def sam_limit(base: StabilityLimit, radius: float, gradient_norm: float) -> floa
     """Return the critical curvature of sharpness-aware minimization around SGD, the coupled decay included in it.
 
     Args:
-        base: limit of the optimizer that makes the steps.
-        radius: rho of the ascent.
+        base: Limit of the optimizer that makes the steps.
+        radius: Radius rho of the ascent.
         gradient_norm: |g| of the data term, which the ascent divides by; 0 means no ascent.
 
     Raises:
-        LookupError: the base optimizer has a preconditioner, or groups of different limits or decays.
+        LookupError: The base optimizer has a preconditioner, or groups of different limits or decays.
     """
     critical = {float(value) for value in base.critical.values() if value.ndim == 0}
     if base.name != "SGD" or len(critical) != 1 or len(set(base.decay.values())) != 1:

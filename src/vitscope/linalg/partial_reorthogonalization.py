@@ -36,8 +36,8 @@ class SemiorthogonalLanczos(Lanczos):
     Args: as `Lanczos`.
 
     Attributes:
-        noise: rounding of a product relative to the operator, as far as seen.
-        cleaned: number of rows that were orthogonalised against the whole basis.
+        noise: Rounding of a product relative to the operator, as far as seen.
+        cleaned: Number of rows that were orthogonalised against the whole basis.
     """
 
     def __init__(self, product: Operator | None, start: Tensor, capacity: int, **options: Any) -> None:

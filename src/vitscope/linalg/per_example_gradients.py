@@ -34,10 +34,10 @@ class PerExampleGradients:
     message.
 
     Args:
-        model: the guarded model.
-        loss: the scalar of one image.
-        parameters: the parameters analyzed, by name.
-        micro_batch: images at once; None for as many as an eighth of the free memory holds, at most `MOST_IMAGES`.
+        model: The guarded model.
+        loss: The scalar of one image.
+        parameters: The parameters analyzed, by name.
+        micro_batch: Images at once; None for as many as an eighth of the free memory holds, at most `MOST_IMAGES`.
 
     Raises:
         ValueError: BatchNorm without running statistics, with which an image has no gradient of its own.
@@ -58,8 +58,8 @@ class PerExampleGradients:
         """Yield the gradients of the images in order, ``(b, size)`` for some at a time.
 
         Raises:
-            ValueError: images of a batch influence each other.
-            Interrupted: a stop was requested.
+            ValueError: Images of a batch influence each other.
+            Interrupted: A stop was requested.
         """
         for a in range(0, len(x), self.micro_batch):
             stop_flag.check()

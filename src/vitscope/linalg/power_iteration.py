@@ -32,11 +32,11 @@ def power_iteration(
 
     Args:
         product: ``v -> H v``.
-        like: a vector ``(size,)`` whose size, dtype and device are used.
-        k: number of eigenvalues.
-        tol: relative change at which to stop.
-        max_iterations: products for each eigenvalue at most.
-        seed: seed of the random vectors.
+        like: A vector ``(size,)`` whose size, dtype and device are used.
+        k: Number of eigenvalues.
+        tol: Relative change at which to stop.
+        max_iterations: Products for each eigenvalue at most.
+        seed: Seed of the random vectors.
 
     Raises:
         ValueError: ``k`` not between 1 and the size.

@@ -30,8 +30,8 @@ def scaled_eigenvalues(
         operator: C.
         scale: D's entries in the parameters' shapes.
         product: ``v -> C v`` where C is not the operator itself but its data term with another L2 term.
-        start: first vector, in the coordinates u; None for the gradient's direction with a random part.
-        solving: keyword arguments of `extreme_eigenvalues`.
+        start: First vector, in the coordinates u; None for the gradient's direction with a random part.
+        solving: Keyword arguments of `extreme_eigenvalues`.
     """
     d = torch.cat([part.expand(p.shape).reshape(-1) for part, p in zip(scale, operator.parameters.values())])
     d = d.to(operator.device, operator.dtype)

@@ -33,7 +33,7 @@ def check_quadrature(n_vectors: int, n_steps: int, n_grid: int, sigma: float | N
     """Check the options of a density.
 
     Raises:
-        ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive.
+        ValueError: Fewer than one vector, step or grid point, a ``sigma`` that is not positive.
     """
     for name, value in (("n_vectors", n_vectors), ("n_steps", n_steps), ("n_grid", n_grid)):
         if value < 1:
@@ -46,8 +46,8 @@ def quadrature_rule(operator: SymmetricOperator, seed: int, n_steps: int, memory
     """Return the quadrature rule of the random sign vector of ``seed``.
 
     Raises:
-        ValueError: the memory holds no ``n_steps + 1`` vectors.
-        NumericalError: products by differences that are not exact enough.
+        ValueError: The memory holds no ``n_steps + 1`` vectors.
+        NumericalError: Products by differences that are not exact enough.
     """
     start = random_signs(operator, seed)
     memory.plan(start, n_steps + 1, n_steps + 1)

@@ -24,7 +24,7 @@ class Solution:
     """Eigenpairs (see `Eigenpairs`) and what the L2 term adds to each value.
 
     Attributes:
-        pairs: values, residuals, errors, flags, products; vectors where asked for.
+        pairs: Values, residuals, errors, flags, products; vectors where asked for.
         l2_contribution: (k,) v^T H_L2 v.
     """
 
@@ -52,7 +52,7 @@ def solve(
     """Return extreme eigenvalues of ``operator``; arguments as in `extreme_eigenvalues`.
 
     Raises:
-        ValueError: an unknown solver, or ``power`` for anything but ``LM``; and what the solver raises.
+        ValueError: An unknown solver, or ``power`` for anything but ``LM``; and what the solver raises.
     """
     check_solver(solver)
     if not 1 <= k <= operator.size:
@@ -96,7 +96,7 @@ def check_solver(solver: str) -> None:
     """Check a solver's name.
 
     Raises:
-        ValueError: an unknown solver.
+        ValueError: An unknown solver.
     """
     if solver not in SOLVERS:
         raise ValueError(f"Expected solver to be one of {', '.join(SOLVERS)}, received {solver!r}.")

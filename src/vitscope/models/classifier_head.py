@@ -35,7 +35,7 @@ def classifier_names(network: nn.Module, num_classes: int) -> list[str]:
 
     Args:
         network: Network to look into.
-        num_classes: Its number of classes.
+        num_classes: The head's number of classes.
 
     Raises:
         ValueError: It has no such layer.

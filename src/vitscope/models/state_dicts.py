@@ -41,11 +41,11 @@ class WeightReading:
     """One reading of a file as the weights of a network.
 
     Attributes:
-        entry: the dotted key of the mapping that holds them; empty for the file itself.
-        prefix: the text that stands before each name there.
-        tensors: the weights by name, without the prefix.
-        other_names: the names in the entry that do not begin with the prefix.
-        is_average: whether these are averages over training steps.
+        entry: The dotted key of the mapping that holds them; empty for the file itself.
+        prefix: The text that stands before each name there.
+        tensors: The weights by name, without the prefix.
+        other_names: The names in the entry that do not begin with the prefix.
+        is_average: Whether these are averages over training steps.
     """
 
     entry: str
@@ -109,15 +109,15 @@ def select_weights(model: nn.Module, content: Mapping[Any, Any], *, average: boo
     of the prefix to others. Without ``average``, averages count only where nothing else fits.
 
     Args:
-        model: the network.
-        content: the contents of the file: a state dict, or a mapping with one inside.
-        average: whether to look for averages over training steps (EMA, SWA) alone.
+        model: The network.
+        content: The contents of the file: a state dict, or a mapping with one inside.
+        average: Whether to look for averages over training steps (EMA, SWA) alone.
 
     Returns:
         The reading; None where there is none.
 
     Raises:
-        ValueError: two readings fit equally well, and their tensors differ.
+        ValueError: Two readings fit equally well, and their tensors differ.
     """
     fits = [reading for reading in _readings(model, content) if reading.is_average or not average]
     if not average:
@@ -141,8 +141,8 @@ def class_counts(model_state: Mapping[str, Any], state: Mapping[str, Any]) -> tu
     They are the lengths of the first axis of the weights whose shapes differ, all of which must agree.
 
     Args:
-        model_state: the model's state dict.
-        state: the file's tensors of the same names.
+        model_state: The model's state dict.
+        state: The file's tensors of the same names.
     """
     pairs = {
         (tuple(state[name].shape), tuple(value.shape))
@@ -159,8 +159,8 @@ def differs_in_positions(model_state: Mapping[str, Any], state: Mapping[str, Any
     """Return whether a file and a model differ in shapes of position embeddings and biases alone: other images or patches.
 
     Args:
-        model_state: the model's state dict.
-        state: the file's tensors of the same names.
+        model_state: The model's state dict.
+        state: The file's tensors of the same names.
     """
     differing = [
         name

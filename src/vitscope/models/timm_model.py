@@ -36,7 +36,7 @@ def timm_model(
         pretrained: Load timm's weights from its cache or from the hub; errors of the hub are raised.
         in_chans: Channels of the images.
         grad_checkpointing: Trade a second forward pass for activation memory in training, where timm can.
-        **options: Passed on to timm.
+        **options: Options that are passed on to timm.
 
     Raises:
         ValueError: For a name timm does not know; the nearest names are given.

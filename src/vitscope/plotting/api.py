@@ -72,25 +72,25 @@ def plot(
     ============================== ==========================================================================
 
     Args:
-        results: a result, a sequence of them, or a mapping from the names in the legend to results.
-        ax: axes to draw on, as many as the figure has panels; or a figure or subfigure without axes, which is filled. By
+        results: A result, a sequence of them, or a mapping from the names in the legend to results.
+        ax: Axes to draw on, as many as the figure has panels; or a figure or subfigure without axes, which is filled. By
             default a figure of its own.
-        figsize: width and height in inches of a figure of its own; by default ``figure.figsize`` where you changed it, else
+        figsize: Width and height in inches of a figure of its own; by default ``figure.figsize`` where you changed it, else
             3.4 inches a panel.
-        colors: a color for each result, or a mapping from names of results, or from kinds of units (``conv``, ``msa``,
+        colors: A color for each result, or a mapping from names of results, or from kinds of units (``conv``, ``msa``,
             ``mlp``, ``pool``, ``stem``, ``head``), to colors; by default the color cycle, and the kinds' colors of `vs.style`.
-        labels: names in the legend, one a result, or a mapping from the names in ``results`` to them.
-        order: names of the results that are drawn first, in this order.
+        labels: Names in the legend, one a result, or a mapping from the names in ``results`` to them.
+        order: Names of the results that are drawn first, in this order.
         title: False for no title (of panels that show one result each, the result's name stays); a text for a title of the
             figure.
-        allow_different: overlay results whose objective cards differ.
-        options: options of the figure, see above.
+        allow_different: Overlay results whose objective cards differ.
+        options: Options of the figure, see above.
 
     Returns:
         The figure; that of ``ax``, where it is given.
 
     Raises:
-        ValueError: nothing to draw, results of several measures, objectives that differ, an unknown option, or axes that are
+        ValueError: Nothing to draw, results of several measures, objectives that differ, an unknown option, or axes that are
             not as many as the figure has panels.
     """
     named = named_results(results, labels, order)

@@ -39,10 +39,10 @@ class Drawing:
     """Requests of the caller of `vs.plot` that hold for whatever figure is drawn.
 
     Attributes:
-        target: axes of the user, or a figure or subfigure to fill; None for a figure of its own.
-        figsize: width and height in inches in the place of the plot function's; None for those.
-        colors: colors of the results in their order; empty for those of the style.
-        kind_colors: colors of kinds of units in the place of `KIND_COLORS`.
+        target: Axes of the user, or a figure or subfigure to fill; None for a figure of its own.
+        figsize: Width and height in inches in the place of the plot function's; None for those.
+        colors: Colors of the results in their order; empty for those of the style.
+        kind_colors: Colors of kinds of units in the place of `KIND_COLORS`.
     """
 
     target: Sequence[Axes] | Figure | SubFigure | None = None
@@ -68,7 +68,7 @@ def drawing_target(ax: Any) -> Sequence[Axes] | Figure | SubFigure | None:
     """Return what ``ax=`` of `vs.plot` stands for.
 
     Raises:
-        ValueError: it is neither axes, nor a sequence of them, nor a figure or subfigure.
+        ValueError: It is neither axes, nor a sequence of them, nor a figure or subfigure.
     """
     if ax is None or isinstance(ax, Figure | SubFigure):
         return ax
@@ -102,8 +102,8 @@ def new_canvas(width: float = COLUMN_WIDTH, height: float = 2.4) -> Canvas:
     """Return the canvas of the next figure.
 
     Args:
-        width: width in inches, where the user chose neither a size nor axes.
-        height: height in inches, likewise.
+        width: Width in inches, where the user chose neither a size nor axes.
+        height: Height in inches, likewise.
     """
     drawing = _drawing.get() or Drawing()
     if drawing.target is not None:
@@ -138,7 +138,7 @@ class Canvas:
     """A figure of its own, a subfigure of the user, or axes of the user, under the same methods.
 
     Attributes:
-        figure: the whole figure.
+        figure: The whole figure.
     """
 
     def __init__(self, target: Sequence[Axes] | Figure | SubFigure, *, resizable: bool = False) -> None:
@@ -166,15 +166,15 @@ class Canvas:
         """Return panels in rows and columns; on axes of the user, these in their order.
 
         Args:
-            rows: number of rows.
-            columns: number of columns.
-            projections: matplotlib's name of the projection of each panel; None where all are rectilinear.
-            sharex: as of ``Figure.subplots``: False, True, ``row`` or ``col``.
-            sharey: likewise.
+            rows: Number of rows.
+            columns: Number of columns.
+            projections: Matplotlib's name of the projection of each panel; None where all are rectilinear.
+            sharex: That of ``Figure.subplots``: False, True, ``row`` or ``col``.
+            sharey: That of ``Figure.subplots``.
             options: ``width_ratios`` and ``height_ratios`` of a figure of its own.
 
         Raises:
-            ValueError: the user gave another number of axes, or axes of another projection.
+            ValueError: The user gave another number of axes, or axes of another projection.
         """
         projections = projections or [[RECTILINEAR] * columns] * rows
         if self._parent is None:
@@ -194,11 +194,11 @@ class Canvas:
         """Return a canvas for each part of the figure, from top to bottom; axes of the user are dealt out in their order.
 
         Args:
-            n_panels: number of panels of each part.
-            height_ratios: heights of the parts of a figure of its own.
+            n_panels: Number of panels of each part.
+            height_ratios: Heights of the parts of a figure of its own.
 
         Raises:
-            ValueError: the user gave another number of axes.
+            ValueError: The user gave another number of axes.
         """
         if self._parent is not None:
             parts = self._parent.subfigures(len(n_panels), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
@@ -241,11 +241,11 @@ class Canvas:
         """Put one legend beside the panels, each label once; on axes of the user, into the last of them.
 
         Args:
-            handles: artists; None for all labeled ones.
-            labels: texts of the handles; None for their own labels.
-            loc: place beside the panels of a figure with constrained layout.
-            ncols: number of columns, fewer where they do not fit.
-            options: of ``Figure.legend``.
+            handles: Artists; None for all labeled ones.
+            labels: Texts of the handles; None for their own labels.
+            loc: Place beside the panels of a figure with constrained layout.
+            ncols: Number of columns, fewer where they do not fit.
+            options: Options of ``Figure.legend``.
         """
         panels = self._axes or panels_of(cast(Figure | SubFigure, self._parent))
         if handles is None:

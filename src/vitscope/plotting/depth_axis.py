@@ -23,11 +23,11 @@ def shade_bands(
     """Shade from the tap before to the tap after each attention, pooling or subsampling.
 
     Args:
-        ax: axes with depth as x.
+        ax: Axes with depth as x.
         depths: (n_taps,) of the taps.
         kinds: (n_taps) of the taps.
         subsampled: (n_taps,) whether the map of a tap is smaller than that of the tap before.
-        labels: whether the bands have an entry in the legend.
+        labels: Whether the bands have an entry in the legend.
     """
     for i in range(1, len(depths)):
         kind = "pool" if subsampled[i] else kinds[i]
@@ -44,7 +44,7 @@ def points_by_kind(
     """Draw finite values over depth with their intervals, in the marker and color of each kind.
 
     Args:
-        ax: axes with depth as x.
+        ax: Axes with depth as x.
         depths: (n_taps,) of the taps.
         kinds: (n_taps) of the taps.
         values: (n_taps,) NaN for taps without a value.
@@ -73,8 +73,8 @@ def start_at_zero(ax: Axes, highest: float = np.inf) -> None:
     Matplotlib's own margin is a share of the range of the values, which leaves points at the upper edge where all are alike.
 
     Args:
-        ax: axes whose curves and intervals are drawn.
-        highest: upper end of the axis at most.
+        ax: Axes whose curves and intervals are drawn.
+        highest: Upper end of the axis at most.
     """
     top = ax.dataLim.y1
     ax.set_ylim(0, min(highest, 1.08 * top) if np.isfinite(top) and top > 0 else min(highest, 1.0))

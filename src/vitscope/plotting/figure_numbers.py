@@ -16,11 +16,11 @@ def save_numbers(results: Any, stem: Path) -> Path:
     A row a number: the result's name where there is one, the quantity, its coordinates and the value, at full precision.
 
     Args:
-        results: a result, or results by the names in the figure.
-        stem: path of the figure's files without their ending.
+        results: A result, or results by the names in the figure.
+        stem: Path of the figure's files without their ending.
 
     Raises:
-        StorageError: the disk is full or not writable.
+        StorageError: The disk is full or not writable.
     """
     named: Mapping[str, Any] = results if isinstance(results, Mapping) else {"": results}
     target = stem.with_name(f"{stem.name}.csv")

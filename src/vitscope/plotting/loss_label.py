@@ -13,8 +13,8 @@ def loss_label(text: str, results: Iterable[Any]) -> str:
     """Return a label that speaks of the NLL in nats, with ``loss`` in its place where a result has another loss.
 
     Args:
-        text: such as ``NLL (nats)``.
-        results: the results that are drawn; their cards state the loss.
+        text: The label's text, such as ``NLL (nats)``.
+        results: The results that are drawn; their cards state the loss.
     """
     cards = [getattr(result, "card", None) for result in results]
     if all(card is None or card.loss.startswith(_LIKELIHOODS) for card in cards):

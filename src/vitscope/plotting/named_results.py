@@ -16,13 +16,13 @@ def named_results(
     """Return the results of a figure by the names in its legend, in the order of drawing.
 
     Args:
-        results: one result, a sequence of them, or a mapping from names to results.
-        labels: a name for each result, or a mapping from its name to another; None for the names of ``results``: ``result 1``,
+        results: One result, a sequence of them, or a mapping from names to results.
+        labels: A name for each result, or a mapping from its name to another; None for the names of ``results``: ``result 1``,
             ``result 2`` of a sequence, no name of a single one.
-        order: names, as they stand after ``labels``, of those drawn first; the others follow.
+        order: Names, as they stand after ``labels``, of those drawn first; the others follow.
 
     Raises:
-        ValueError: no result, labels that are not one a result or not unique, or a name in ``order`` that no result has.
+        ValueError: No result, labels that are not one a result or not unique, or a name in ``order`` that no result has.
     """
     named = _mapping(results)
     if not named:
@@ -48,12 +48,12 @@ def chosen_colors(colors: Any, names: Sequence[str], cycle: Sequence[str]) -> tu
     """Return a color for each result and those of kinds of units, as ``colors=`` of `vs.plot` states them.
 
     Args:
-        colors: a color, one a result in their order, or a mapping from names of results or kinds to colors; None for none.
-        names: names of the results.
-        cycle: colors of the results that a mapping does not name.
+        colors: A color, one a result in their order, or a mapping from names of results or kinds to colors; None for none.
+        names: Names of the results.
+        cycle: Colors of the results that a mapping does not name.
 
     Raises:
-        ValueError: no color of matplotlib, fewer colors than results, or a name that no result and no kind has.
+        ValueError: No color of matplotlib, fewer colors than results, or a name that no result and no kind has.
     """
     if colors is None:
         return [], {}

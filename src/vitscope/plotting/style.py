@@ -79,13 +79,13 @@ def style(**changes: Any) -> Style:
     default; on axes of yours it draws with your parameters alone.
 
     Args:
-        changes: parameters in the place of the style's, with ``__`` for a dot: ``font__size=10``.
+        changes: Parameters in the place of the style's, with ``__`` for a dot: ``font__size=10``.
 
     Returns:
         The parameters by name: a context manager, and what ``plt.style.use`` takes.
 
     Raises:
-        ValueError: matplotlib has no such parameter.
+        ValueError: Matplotlib has no such parameter.
     """
     parameters = {key.replace("__", "."): value for key, value in changes.items()}
     if unknown := [key for key in parameters if key not in rcParamsDefault]:

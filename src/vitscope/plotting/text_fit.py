@@ -42,9 +42,9 @@ def fit_legend(labels: Sequence[str], n_columns: int, width: float) -> tuple[lis
     """Return the labels of a legend, broken into lines, and how many columns, at most ``n_columns``, fit into the width.
 
     Args:
-        labels: texts of the entries.
-        n_columns: number of columns that the figure asks for.
-        width: width in inches.
+        labels: Texts of the entries.
+        n_columns: Number of columns that the figure asks for.
+        width: Width in inches.
     """
     most = most_characters(width, FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points())
     fitted = [broken_lines(label, max(8, most - _HANDLE)) for label in labels]
@@ -60,8 +60,8 @@ def n_legend_lines(labels: Sequence[str], n_columns: int) -> int:
     """Return the number of lines that a legend of these labels has, which fill its columns one after another.
 
     Args:
-        labels: texts of the entries, broken into lines.
-        n_columns: number of columns.
+        labels: Texts of the entries, broken into lines.
+        n_columns: Number of columns.
     """
     n_rows = max(1, -(-len(labels) // n_columns))
     columns = [labels[start : start + n_rows] for start in range(0, len(labels), n_rows)]

@@ -79,7 +79,7 @@ class EntryIndex:
 
         Args:
             run: The run.
-            signature: Of its files before they were read.
+            signature: Signature of the run's files before they were read.
             entry: What was read after `begin`.
         """
         settled = self._started_ns is not None and all(

@@ -41,17 +41,17 @@ def report(cfg: DictConfig) -> Path:
     """Write what a composed configuration asks for; print the table that was asked for, or the headline one.
 
     Args:
-        cfg: the configuration of ``conf/report.yaml``.
+        cfg: The configuration of ``conf/report.yaml``.
 
     Returns:
         The page, or the table's Markdown file.
 
     Raises:
-        ConfigError: an unknown table or grouping.
-        CheckpointError: a named run that is none.
-        DataError: no run at all; run folders that are damaged, after the others are reported; with ``strict``, a number or
+        ConfigError: An unknown table or grouping.
+        CheckpointError: A named run that is none.
+        DataError: No run at all; run folders that are damaged, after the others are reported; with ``strict``, a number or
             a figure that is missing or failed.
-        StorageError: the folder cannot be written.
+        StorageError: The folder cannot be written.
     """
     cfg = _with_lists(cfg)
     _check(cfg)
@@ -253,7 +253,7 @@ def _check_labels(labels: Mapping[str, str], entries: Sequence[run_entry.Entry])
     """Refuse names that no run has, and one label for two experiments, which would pass for seeds of one.
 
     Raises:
-        ConfigError: with the name or the label.
+        ConfigError: With the name or the label.
     """
     known_names = {name for entry in entries for name in (entry.id, entry.label, f"{entry.label}, {entry.id}")}
     for name in labels:
@@ -270,7 +270,7 @@ def _refuse_no_figure(cfg: DictConfig, entries: Sequence[run_entry.Entry]) -> No
     """Refuse a report of runs with results none of which can be drawn; runs that were trained alone have tables.
 
     Raises:
-        DataError: with what each run has at which moment.
+        DataError: With what each run has at which moment.
     """
     held = [(entry, [m for m in entry.results if not m.error]) for entry in entries if not entry.superseded]
     if not any(results for _, results in held) and any(entry.trained for entry, _ in held):

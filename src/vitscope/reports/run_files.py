@@ -35,11 +35,11 @@ def read_entry(run: Run, whole: bool = True) -> Entry:
     """Read a run folder and check all that a report uses of it.
 
     Args:
-        run: the folder.
-        whole: refuse a result file that is cut short; False leaves it out, since a running training may be writing it.
+        run: The folder.
+        whole: Refuse a result file that is cut short; False leaves it out, since a running training may be writing it.
 
     Raises:
-        StorageError: a file is damaged, or holds a value of another type than vitscope writes.
+        StorageError: A file is damaged, or holds a value of another type than vitscope writes.
     """
     cfg = _mapping(run.path / "config.yaml")
     for group in ("model", "data"):

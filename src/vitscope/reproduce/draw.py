@@ -69,7 +69,7 @@ def draw_numbers(target: Target, report_entries: Sequence[Entry], out: Path) -> 
 
     Args:
         target: Target to draw.
-        report_entries: Its runs.
+        report_entries: The target's runs.
         out: The folder of all targets.
     """
     folder, problems = out / target.name, list[str]()

@@ -43,9 +43,9 @@ class Outcome:
     """Run folder, problems and results of a trial.
 
     Attributes:
-        run: the run folder; None where it could not be trained.
-        problems: every analysis that failed or gave a number that is not finite, named.
-        results: names of the results, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
+        run: The run folder; None where it could not be trained.
+        problems: Every analysis that failed or gave a number that is not finite, named.
+        results: Names of the results, as ``analysis/tag-settings``: a run may have the same analysis with other settings.
     """
 
     run: Path | None

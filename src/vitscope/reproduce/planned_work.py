@@ -48,7 +48,7 @@ class PlannedTrial:
 
     Attributes:
         trial: The trial.
-        settings: Its configuration, resolved.
+        settings: The trial's configuration, resolved.
         identity: Hash of its training; trials that share it are trained once.
         state: One of `EXISTS`, `MEASURE`, `RESUME`, `TRAIN`.
         missing: Results that do not exist.
@@ -125,7 +125,7 @@ def _build(cfg: DictConfig) -> None:
     """Build the model of a configuration without weights.
 
     Raises:
-        ConfigError: Its arguments do not fit.
+        ConfigError: The arguments of the model do not fit.
     """
     import torch  # a plan without checks does not need it
 

@@ -33,7 +33,7 @@ class TrialJob:
         slot: Name of the slot in which it runs or ran.
         started: ``time.monotonic()`` at its start, later by what it waited in a queue of SLURM.
         seconds: Duration without that wait; 0 before its end.
-        process: Its process while it runs.
+        process: The job's process while it runs.
         outcome: What became of it; None before its end.
     """
 

@@ -31,10 +31,10 @@ def load_result(path: str | Path) -> Any:
     Nothing in the file is executed.
 
     Args:
-        path: the ``.npz`` file.
+        path: The ``.npz`` file.
 
     Raises:
-        StorageError: no such file, a damaged one, or no result of this package.
+        StorageError: No such file, a damaged one, or no result of this package.
     """
     return result_store.load(Path(path))
 
@@ -51,17 +51,17 @@ def load_probe(
     """Return a probe of a finished run: its model at a checkpoint, its data, its objective.
 
     Args:
-        run: a run folder, or a checkpoint file in one (which then wins over ``ckpt``).
+        run: A run folder, or a checkpoint file in one (which then wins over ``ckpt``).
         split: ``train``, ``val`` or ``test``.
-        augment: apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
-        n_images: number of images; all of the split by default.
-        batch_size: images a batch; the run's evaluation batch by default.
-        ckpt: the checkpoint's name without its ending; ``ema`` for the averages over training steps that the last one (or
+        augment: Apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
+        n_images: Number of images; all of the split by default.
+        batch_size: Images a batch; the run's evaluation batch by default.
+        ckpt: The checkpoint's name without its ending; ``ema`` for the averages over training steps that the last one (or
             the file) holds.
 
     Raises:
-        CheckpointError: no such run or checkpoint.
-        DataError: the data are not there.
+        CheckpointError: No such run or checkpoint.
+        DataError: The data are not there.
     """
     from vitscope.config import factories
     from vitscope.runs import named_weights

@@ -37,7 +37,7 @@ class Journal:
         """Write one row.
 
         Raises:
-            StorageError: the disk is full or gone; rows before this one are safe.
+            StorageError: The disk is full or gone; rows before this one are safe.
         """
         row = {"step": step, "epoch": epoch, "time": time.time(), **metrics}
         line = (json.dumps(finite(row)) + "\n").encode()

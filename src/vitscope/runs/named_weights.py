@@ -24,15 +24,15 @@ def load_named_weights(
     """Put the weights of a named file into a network built from a configuration, see `checkpoint_weights.load_weights`.
 
     Args:
-        network: the network whose weights are replaced.
-        content: the contents of the file.
-        path: the file.
-        cfg: the configuration of the network and its data, for errors.
-        average: whether to take averages over training steps.
+        network: The network whose weights are replaced.
+        content: The contents of the file.
+        path: The file.
+        cfg: The configuration of the network and its data, for errors.
+        average: Whether to take averages over training steps.
 
     Raises:
-        ConfigError: the file names the classes in another order than the data.
-        CheckpointError: they do not fit; where the file is a run's, the error names ``run=<folder>``, and where a training
+        ConfigError: The file names the classes in another order than the data.
+        CheckpointError: They do not fit; where the file is a run's, the error names ``run=<folder>``, and where a training
             asks for another number of classes ``ckpt_head=new``.
     """
     if cfg.get("ckpt_head") != "new":
@@ -56,13 +56,13 @@ def refuse_other_weights(network: nn.Module, path: Path, run: Run, tag: str | No
     """Refuse weights of a file whose results in a run folder are of other weights: the file was replaced since.
 
     Args:
-        network: holds the weights.
-        path: the file that they are from.
-        run: the folder.
-        tag: the name of the results, all of which are of one file's weights; None: some result has to be of these weights.
+        network: Holds the weights.
+        path: The file that they are from.
+        run: The folder.
+        tag: The name of the results, all of which are of one file's weights; None: some result has to be of these weights.
 
     Raises:
-        CheckpointError: a result of this name is of other weights, or all results are.
+        CheckpointError: A result of this name is of other weights, or all results are.
     """
     weights = checkpoint_weights.weights_hash(network)
     measured = {name: stored for name, stored in _measured_weights(run, tag).items() if stored is not None}

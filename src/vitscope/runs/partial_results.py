@@ -23,8 +23,8 @@ class PartialRows(MutableMapping[str, Mapping[str, Any]]):
     any rank had done. A last line cut short by a kill is left out.
 
     Args:
-        folder: folder of the rows, made when the first one is set.
-        rank: rank of this process.
+        folder: Folder of the rows, made when the first one is set.
+        rank: Rank of this process.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:

@@ -20,7 +20,7 @@ def save(folder: Path, stem: str, result: Any) -> Path:
     """Write a measure's result as ``<stem>.npz`` and ``<stem>.json`` in ``folder``; return the ``.npz``.
 
     Raises:
-        StorageError: the disk is full or not writable; an earlier result of that name is left as it was.
+        StorageError: The disk is full or not writable; an earlier result of that name is left as it was.
     """
     target = folder / f"{stem}.npz"
     write_atomically(target, result_file.content(result))
@@ -32,7 +32,7 @@ def save_readable_copy(folder: Path, stem: str, result: Any) -> None:
     """Write the ``.json`` beside a result's ``.npz``: its scalars and its objective card.
 
     Raises:
-        StorageError: the disk is full or not writable.
+        StorageError: The disk is full or not writable.
     """
     write_atomically(folder / f"{stem}.json", _readable(stem, result))
 

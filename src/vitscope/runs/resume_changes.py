@@ -80,8 +80,8 @@ def refuse_another_experiment(changes: Sequence[Change], stored: DictConfig, cfg
     """Refuse changes of keys that may not change on a resume.
 
     Raises:
-        CheckpointError: a key whose value the run's checkpoints hold: the optimizer, the batch size, the classes.
-        ConfigError: another one. Each names the key, the stored and the received value.
+        CheckpointError: A key whose value the run's checkpoints hold: the optimizer, the batch size, the classes.
+        ConfigError: Another one. Each names the key, the stored and the received value.
     """
     refused = [change for change in changes if not _is_changeable(change.key, stored, cfg)]
     refused.sort(key=lambda change: not _is_held(change.key))
@@ -99,13 +99,13 @@ def refuse_less_than_done(changes: Sequence[Change], cfg: DictConfig, epochs: in
     """Refuse a limit of the training below what is done.
 
     Args:
-        changes: the changes.
-        cfg: the configuration to go on with.
-        epochs: epochs begun.
-        steps: optimizer steps made.
+        changes: The changes.
+        cfg: The configuration to go on with.
+        epochs: Epochs begun.
+        steps: Optimizer steps made.
 
     Raises:
-        ConfigError: with the key, the value and what is done.
+        ConfigError: With the key, the value and what is done.
     """
     progress = {"trainer.max_epochs": (epochs, "epochs"), "trainer.max_steps": (steps, "steps")}
     for change in changes:
@@ -121,10 +121,10 @@ def record(run: Run, cfg: DictConfig, changes: Sequence[Change], step: int) -> N
     """Write what changed to ``provenance.json`` and the configuration that holds from now on to ``config.yaml``.
 
     Args:
-        run: the run that is resumed.
-        cfg: configuration of the run from now on.
-        changes: the changes.
-        step: the optimizer step from which they hold.
+        run: The run that is resumed.
+        cfg: Configuration of the run from now on.
+        changes: The changes.
+        step: The optimizer step from which they hold.
     """
     run_config = run.config()
     now = DictConfig(loading.plain(run_dir.redacted(cfg)))

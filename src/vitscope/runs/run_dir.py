@@ -71,7 +71,7 @@ class Run:
         """Return the file of weights that ``analyze.py`` measured here and its ``ckpt``; None for a training or no file.
 
         Raises:
-            CheckpointError: the folder's configuration is missing or damaged.
+            CheckpointError: The folder's configuration is missing or damaged.
         """
         if self.checkpoints.exists() or self.provenance().get("command") != "analyze":
             return None
@@ -83,7 +83,7 @@ class Run:
         """Return the configuration that made the run.
 
         Raises:
-            CheckpointError: the folder has none, so it is no run, or it is damaged.
+            CheckpointError: The folder has none, so it is no run, or it is damaged.
         """
         path = self.path / "config.yaml"
         if not path.is_file():
@@ -110,7 +110,7 @@ class Run:
         """Add facts to ``provenance.json``; facts that another process adds at the same time are kept.
 
         Raises:
-            StorageError: the folder is gone (it is not made anew) or cannot be written.
+            StorageError: The folder is gone (it is not made anew) or cannot be written.
         """
         with self.exclusive():
             content = redaction.redacted({**self.provenance(), **facts})
@@ -123,7 +123,7 @@ class Run:
         """Keep other processes out of the same block: for a moment in which a file is read and then added to.
 
         Raises:
-            StorageError: the folder is gone.
+            StorageError: The folder is gone.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -142,7 +142,7 @@ def create(cfg: DictConfig, command: str) -> Run:
     The folder's lock is taken before anything is written; the caller gives it back with `run_lock.release`.
 
     Raises:
-        StorageError: it cannot be made or written, or another process trains in it.
+        StorageError: It cannot be made or written, or another process trains in it.
         ConfigError: ``run_dir`` already holds a run.
     """
     path = requested_run_folder(cfg)
@@ -191,8 +191,8 @@ def reopen(run: Run, cfg: DictConfig, command: str) -> None:
     The caller gives it back with `run_lock.release`.
 
     Raises:
-        StorageError: another process trains in it.
-        CheckpointError: its manifest cannot be trusted.
+        StorageError: Another process trains in it.
+        CheckpointError: The manifest cannot be trusted.
     """
     from vitscope.runs.checkpoints import checkpoint_io
 
@@ -212,7 +212,7 @@ def find(where: str | Path) -> Run:
     """Return the run of a folder or of a checkpoint file in one.
 
     Raises:
-        CheckpointError: there is no run.
+        CheckpointError: There is no run.
     """
     path = Path(where)
     if path.is_file():

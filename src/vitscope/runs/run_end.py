@@ -48,12 +48,12 @@ def note_end(run: Run, code: int, **facts: object) -> None:
     """Write into the run's provenance how it ended.
 
     Args:
-        run: the run.
-        code: the exit code of its process.
-        facts: further facts of the end, such as ``wall_s``.
+        run: The run.
+        code: The exit code of its process.
+        facts: Further facts of the end, such as ``wall_s``.
 
     Raises:
-        StorageError: the run finished and its folder cannot be written; after another end that error is printed alone, so
+        StorageError: The run finished and its folder cannot be written; after another end that error is printed alone, so
             that it does not hide why the run ended.
     """
     status = {0: "finished", INTERRUPTED: "stopped", TERMINATED: "stopped"}.get(code, "failed")

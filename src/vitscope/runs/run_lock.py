@@ -51,8 +51,8 @@ def acquire(folder: Path) -> None:
     """Take the lock of a run folder, which exists, and start its heartbeat.
 
     Raises:
-        LockHeldError: another training holds it.
-        StorageError: the folder cannot be written.
+        LockHeldError: Another training holds it.
+        StorageError: The folder cannot be written.
     """
     folder = folder.absolute()
     path = folder / FILE
@@ -98,7 +98,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     The system gives it back when a process dies. On a file system without such locks the last writer wins.
 
     Raises:
-        OSError: the folder is gone.
+        OSError: The folder is gone.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -124,7 +124,7 @@ def check(folder: Path) -> None:
     """Raise where this process held the folder's lock and lost it.
 
     Raises:
-        StorageError: the folder was deleted, or another process took the lock over.
+        StorageError: The folder was deleted, or another process took the lock over.
     """
     held = _held.get(folder.absolute())
     if held is None:
@@ -156,7 +156,7 @@ def living_holder(folder: Path) -> str | None:
     A heartbeat of another machine is dated by that machine's file server: clocks that differ by more than `STALE_AFTER` deceive.
 
     Raises:
-        StorageError: the lock is a link or no regular file.
+        StorageError: The lock is a link or no regular file.
     """
     path = folder.absolute() / FILE
     try:
@@ -187,8 +187,8 @@ def _refuse_or_take_over(path: Path, now: float) -> None:
     """Raise where the holder lives; else move its lock aside, once, however many processes try.
 
     Args:
-        path: file of the lock.
-        now: time by the clock of the file system, which also dates the heartbeats.
+        path: File of the lock.
+        now: Time by the clock of the file system, which also dates the heartbeats.
     """
     try:
         text, age = safe_files.read_text(path, _LARGEST), now - path.stat().st_mtime

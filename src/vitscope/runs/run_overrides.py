@@ -37,7 +37,7 @@ def apply(cfg: DictConfig, arguments: Sequence[str]) -> None:
     """Apply ``key=value`` overrides to a composed configuration, in place.
 
     Raises:
-        ConfigError: a key that the configuration does not have (without ``+``), a group chosen anew, several values, a
+        ConfigError: A key that the configuration does not have (without ``+``), a group chosen anew, several values, a
             removal or an option of Hydra's: what is written down in a run's folder is not composed again.
     """
     for argument in arguments:

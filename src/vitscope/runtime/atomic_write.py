@@ -17,7 +17,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, and a crash leaves either.
 
     Raises:
-        StorageError: with what the system said.
+        StorageError: With what the system said.
     """
     temporary = temporary_path(path)
     try:

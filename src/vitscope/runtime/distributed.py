@@ -125,8 +125,8 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's picklable ``value`` as a list in rank order, on every rank.
 
     Raises:
-        OtherRankError: another rank failed in a block of `failing_together` around this call, or in one that ends here.
-        ValueError: the same, where that rank's error is a ValueError.
+        OtherRankError: Another rank failed in a block of `failing_together` around this call, or in one that ends here.
+        ValueError: The same, where that rank's error is a ValueError.
     """
     values = _objects_of_ranks(value)
     for number, failure in enumerate(values):
@@ -149,8 +149,8 @@ class _Failure:
     """What a rank that failed sends in place of the value for which the others wait.
 
     Attributes:
-        text: first line of its error.
-        is_value_error: whether the error is a ValueError: a caller that handles one has to do so on all ranks.
+        text: First line of its error.
+        is_value_error: Whether the error is a ValueError: a caller that handles one has to do so on all ranks.
     """
 
     text: str
@@ -191,13 +191,13 @@ def failing_together(of_all_ranks: bool = True, *, device: torch.device | None =
     the others wait for objects. An interruption passes at once: a signal stops all ranks.
 
     Args:
-        of_all_ranks: whether every rank enters the block and none sums tensors in it; else nothing is exchanged.
-        device: where the ranks exchange one number at the end of the block, in place of objects, which takes eight times as
+        of_all_ranks: Whether every rank enters the block and none sums tensors in it; else nothing is exchanged.
+        device: Where the ranks exchange one number at the end of the block, in place of objects, which takes eight times as
             long: for a block without a gather inside that is entered for every product.
 
     Raises:
-        OtherRankError: another rank failed.
-        ValueError: the same, where that rank's error is a ValueError.
+        OtherRankError: Another rank failed.
+        ValueError: The same, where that rank's error is a ValueError.
 
     Example:
         ``with failing_together(): sums = read_local_batches()``
@@ -239,9 +239,9 @@ def agree_on_failure(error: Exception) -> None:
     store, which needs no collective operation.
 
     Raises:
-        Interrupted: a stop was asked for.
-        DistributedError: another rank has not failed within `PATIENCE_S` seconds, failed in another place, or is gone.
-        Exception: the error itself, where another rank is gone or hangs: no collective operation can follow.
+        Interrupted: A stop was asked for.
+        DistributedError: Another rank has not failed within `PATIENCE_S` seconds, failed in another place, or is gone.
+        Exception: The error itself, where another rank is gone or hangs: no collective operation can follow.
     """
     global _n_failures
     if world_size() == 1:

@@ -19,11 +19,11 @@ def parse_float_dtype(dtype: str | torch.dtype | None, names: Sequence[str] = DT
     """Return the torch type of a name such as ``float32`` or ``torch.float32``; None stays None.
 
     Args:
-        dtype: a name, a torch type, or None for the model's own type.
-        names: the types that are allowed.
+        dtype: A name, a torch type, or None for the model's own type.
+        names: The types that are allowed.
 
     Raises:
-        ValueError: a type that is not among ``names``.
+        ValueError: A type that is not among ``names``.
     """
     if dtype is None:
         return None

@@ -33,12 +33,12 @@ def track(iterable: Iterable[T], description: str, total: int | None = None) -> 
     """Yield the items of ``iterable`` while showing how far the work is, and poll for termination.
 
     Args:
-        iterable: the items to go through.
-        description: a few words shown before the bar, for example ``"loss landscape"``.
-        total: the number of items, where ``len`` does not know it.
+        iterable: The items to go through.
+        description: A few words shown before the bar, for example ``"loss landscape"``.
+        total: The number of items, where ``len`` does not know it.
 
     Raises:
-        Interrupted: before the next item, once a stop was requested.
+        Interrupted: Before the next item, once a stop was requested.
     """
     total = total if total is not None else _length(iterable)
     if not enabled or rank() != 0:

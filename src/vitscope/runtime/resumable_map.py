@@ -32,18 +32,18 @@ def map_resumably(
     returns all rows. Rows that any rank has are not computed again, also after a restart with another number of ranks.
 
     Args:
-        keys: keys in the order of the work; neighbors go to one rank.
-        compute: computes one row.
-        name: a key's name in ``partial``.
-        partial: finished rows; None stores no row.
-        description: shown with the progress.
-        compute_group: computes the rows of several keys, equal to those of ``compute``; used where ``group_size`` exceeds 1.
-        group: neighbors with one value may be computed together; all of them by default.
-        group_size: most keys that are computed together.
+        keys: Keys in the order of the work; neighbors go to one rank.
+        compute: Computes one row.
+        name: A key's name in ``partial``.
+        partial: Finished rows; None stores no row.
+        description: The text beside the progress.
+        compute_group: Computes the rows of several keys, equal to those of ``compute``; used where ``group_size`` exceeds 1.
+        group: Neighbors with one value may be computed together; all of them by default.
+        group_size: Most keys that are computed together.
 
     Raises:
-        Interrupted: a stop was requested; the finished rows are stored, those of an unfinished group are not.
-        RuntimeError: computing a row failed on another rank, which raises its own error.
+        Interrupted: A stop was requested; the finished rows are stored, those of an unfinished group are not.
+        RuntimeError: Computing a row failed on another rank, which raises its own error.
     """
     names = {key: name(key) for key in keys}
     stored = {n: dict(partial[n]) for n in names.values() if n in partial} if partial is not None else {}
@@ -79,10 +79,10 @@ def stored_row(partial: Partial | None, name: str, compute: Callable[[], Row], r
     """Return the finished row ``name`` of ``partial``; a row that is missing is computed and stored.
 
     Args:
-        partial: finished rows; None stores no row.
-        name: the row's name in ``partial``.
-        compute: computes the row.
-        required: values without which a stored row, of an earlier version, is computed again.
+        partial: Finished rows; None stores no row.
+        name: The row's name in ``partial``.
+        compute: Computes the row.
+        required: Values without which a stored row, of an earlier version, is computed again.
     """
     row = None if partial is None else partial.get(name)
     if row is None or any(value not in row for value in required):

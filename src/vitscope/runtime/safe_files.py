@@ -26,7 +26,7 @@ def refuse_links(path: Path) -> None:
     """Refuse a path that leads through a symbolic link inside of a run folder; other paths pass.
 
     Raises:
-        StorageError: naming the link.
+        StorageError: Naming the link.
     """
     linked: Path | None = None
     below = path
@@ -45,8 +45,8 @@ def open_to_append(path: Path) -> int:
     """Return a descriptor that appends to a regular file, made where there is none.
 
     Raises:
-        StorageError: a link, or something that is no regular file.
-        OSError: as the system says.
+        StorageError: A link, or something that is no regular file.
+        OSError: As the system says.
     """
     refuse_links(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -57,8 +57,8 @@ def open_to_read(path: Path) -> int:
     """Return a descriptor that reads a regular file.
 
     Raises:
-        StorageError: a link, or something that is no regular file (a pipe would be waited for without end).
-        OSError: as the system says.
+        StorageError: A link, or something that is no regular file (a pipe would be waited for without end).
+        OSError: As the system says.
     """
     refuse_links(path)
     return _regular(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), path)
@@ -68,8 +68,8 @@ def read_text(path: Path, largest: int | None = None) -> str:
     """Return a file's text; bytes that are no UTF-8 are replaced.
 
     Raises:
-        StorageError: a link, no regular file, or larger than ``largest`` bytes.
-        OSError: as the system says.
+        StorageError: A link, no regular file, or larger than ``largest`` bytes.
+        OSError: As the system says.
     """
     with os.fdopen(open_to_read(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -82,8 +82,8 @@ def append_text(path: Path, text: str) -> None:
     """Append a text to a file of a run.
 
     Raises:
-        StorageError: a link, or no regular file.
-        OSError: as the system says.
+        StorageError: A link, or no regular file.
+        OSError: As the system says.
     """
     with os.fdopen(open_to_append(path), "a") as file:
         file.write(text)

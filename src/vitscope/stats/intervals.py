@@ -24,10 +24,10 @@ class Estimate:
     """A mean over images.
 
     Attributes:
-        mean: the mean, float64; NaN where nothing was added.
-        half_width: half the two-sided t-interval, of the mean's shape; NaN for measurements of fewer than `LEAST_IMAGES` images,
+        mean: The mean, float64; NaN where nothing was added.
+        half_width: Half the two-sided t-interval, of the mean's shape; NaN for measurements of fewer than `LEAST_IMAGES` images,
             and for answers where fewer than `LEAST_EVENTS` images differ from the rest.
-        count: the number of images.
+        count: The number of images.
     """
 
     mean: np.ndarray
@@ -66,8 +66,8 @@ def where_enough_wrong(half_width: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     truth (of a classifier that is right on 97.5 % it held the truth at 83 % of 128 and 92 % of 512 images).
 
     Args:
-        half_width: half the width of each interval, of any shape.
-        wrong: number of images that were answered wrong, before a change or after it, of the same shape.
+        half_width: Half the width of each interval, of any shape.
+        wrong: Number of images that were answered wrong, before a change or after it, of the same shape.
     """
     return np.where(np.asarray(wrong) >= LEAST_EVENTS - 0.5, half_width, np.nan)  # counts come back from means
 
@@ -106,9 +106,9 @@ def share_interval(
     5 expected successes and failures on; nearer to 0 and 1 it errs to the wide side, up to always, as every exact interval does.
 
     Args:
-        successes: counts from 0 to ``n``.
-        n: trials.
-        level: nominal coverage, in (0, 1).
+        successes: Counts from 0 to ``n``.
+        n: Trials.
+        level: Nominal coverage, in (0, 1).
     """
     k, n = np.broadcast_arrays(np.asarray(successes, np.float64), np.asarray(n, np.float64))
     few = np.minimum(k, n - k) < LEAST_COUNT - 1e-6  # a count may come back from a share, with its rounding

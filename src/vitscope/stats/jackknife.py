@@ -34,7 +34,7 @@ def jackknife_half_width(left_out: np.ndarray, level: float = 0.95) -> np.ndarra
 
     Args:
         left_out: ``(G, ...)`` the statistic of all images but those of one group, G > 1.
-        level: coverage, in (0, 1).
+        level: Coverage, in (0, 1).
     """
     n = len(left_out)
     with np.errstate(invalid="ignore"):  # values that are not finite

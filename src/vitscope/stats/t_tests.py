@@ -24,11 +24,11 @@ class Interval:
 
     Attributes:
         mean: NaN where there is no seed.
-        half_width: half the two-sided 95% t-interval; NaN with fewer than two seeds or without spread, and where ``ends`` says
+        half_width: Half the two-sided 95% t-interval; NaN with fewer than two seeds or without spread, and where ``ends`` says
             more.
-        p: two-sided p-value of the t-test that the mean is 0; NaN with fewer than two seeds or without spread.
-        n: number of seeds.
-        ends: both ends of an interval that does not lie evenly about the mean.
+        p: Two-sided p-value of the t-test that the mean is 0; NaN with fewer than two seeds or without spread.
+        n: Number of seeds.
+        ends: Both ends of an interval that does not lie evenly about the mean.
     """
 
     mean: float
@@ -61,12 +61,12 @@ def t_interval(values: Sequence[float], magnitude: float = 0.0) -> Interval:
     it were known. They have no interval and no p (both NaN), and so decide no claim.
 
     Args:
-        values: one number per seed.
-        magnitude: magnitude of the numbers that the values are sums or differences of; that of the values themselves where it
+        values: One number per seed.
+        magnitude: Magnitude of the numbers that the values are sums or differences of; that of the values themselves where it
             is smaller.
 
     Raises:
-        ValueError: a value that is not finite.
+        ValueError: A value that is not finite.
     """
     sample = np.asarray(values, dtype=np.float64)
     if not np.isfinite(sample).all():

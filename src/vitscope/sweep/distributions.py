@@ -29,7 +29,7 @@ def distribution(key: str, node: Mapping[str, Any]) -> str:
     """Return the name of a parameter's distribution, inferred as W&B does where it is not stated.
 
     Raises:
-        ConfigError: an unknown one, one whose bounds or step are missing or no such numbers, or shares that are no probabilities.
+        ConfigError: An unknown one, one whose bounds or step are missing or no such numbers, or shares that are no probabilities.
     """
     name = _stated_or_inferred(node)
     if name not in DISTRIBUTIONS:
@@ -97,7 +97,7 @@ def listed(key: str, node: Mapping[str, Any]) -> list[Any]:
     """Return a parameter's values for a grid.
 
     Raises:
-        ConfigError: a distribution that has no finite list.
+        ConfigError: A distribution that has no finite list.
     """
     name = distribution(key, node)
     if name == "constant":

@@ -18,7 +18,7 @@ def rungs(node: Mapping[str, Any]) -> list[int]:
     iteration is one logged value of the sweep's metric, so for ``val/*`` one validation.
 
     Raises:
-        ConfigError: another type than ``hyperband``, unknown keys, or no rung at all.
+        ConfigError: Another type than ``hyperband``, unknown keys, or no rung at all.
     """
     if node.get("type") != "hyperband":
         raise ConfigError(
@@ -54,11 +54,11 @@ def hopeless(
     not wait for each other (asynchronous successive halving; W&B's rule differs in stopping at the quantile).
 
     Args:
-        history: the trial's metric values, oldest first.
-        others: the other trials' metric values, finished and stopped ones too.
-        at: the rungs.
-        eta: the share that goes on is 1 / eta.
-        larger: whether a larger value is better.
+        history: The trial's metric values, oldest first.
+        others: The other trials' metric values, finished and stopped ones too.
+        at: The rungs.
+        eta: The share that goes on is 1 / eta.
+        larger: Whether a larger value is better.
     """
     reached = [rung for rung in at if rung <= len(history)]
     if not reached:

@@ -24,7 +24,7 @@ class ForkedJob:
 
     Args:
         function: Function of a module; returns the exit code.
-        arguments: Its arguments, which are pickled.
+        arguments: The function's arguments, which are pickled.
         environment: All environment variables of the job.
         output: File that takes standard output and standard error, appended to.
         imports: Modules that the server imports when the first job starts.

@@ -64,7 +64,7 @@ def check(argv: Sequence[str]) -> None:
     """Refuse a multirun that could not be right.
 
     Raises:
-        ConfigError: a plugin that is not installed, a folder or run that all jobs would share, ranks started outside.
+        ConfigError: A plugin that is not installed, a folder or run that all jobs would share, ranks started outside.
     """
     arguments = {key: value for key, _, value in (a.partition("=") for a in argv)}
     for key in ("run", "run_dir"):
@@ -104,7 +104,7 @@ def reported(argv: Sequence[str]) -> Iterator[None]:
     """Around a command that may be a multirun: check it, and end with the first failed job's exit code.
 
     Raises:
-        SystemExit: a job failed; all that did are named on stderr.
+        SystemExit: A job failed; all that did are named on stderr.
     """
     global _folder
     if not asked(argv):
@@ -174,7 +174,7 @@ def job(metric: str) -> float | None:
     """Run the job that Hydra composed, as a process; return the last value of ``metric``, None where it failed.
 
     Raises:
-        Interrupted: asked to stop; the job has saved and ended.
+        Interrupted: Asked to stop; the job has saved and ended.
     """
     from vitscope.runs import metrics_log  # imports torch, which a command without jobs may not need
 

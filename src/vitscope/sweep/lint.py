@@ -37,12 +37,12 @@ def check(sweep: Sweep, *, thorough: bool = False, has_overrides: bool = False) 
     """Refuse a sweep that would break.
 
     Args:
-        sweep: the sweep.
-        thorough: as for `problems`.
-        has_overrides: whether settings of the command hold for every trial, which may be what is wrong.
+        sweep: The sweep.
+        thorough: That of `problems`.
+        has_overrides: Whether settings of the command hold for every trial, which may be what is wrong.
 
     Raises:
-        ConfigError: the first problem; the others follow in its text.
+        ConfigError: The first problem; the others follow in its text.
     """
     sweep_problems = problems(sweep, thorough=thorough)
     if sweep_problems:
@@ -56,8 +56,8 @@ def problems(sweep: Sweep, *, thorough: bool = False) -> list[str]:
     """Return what would break, one line each; an empty list for a good file.
 
     Args:
-        sweep: the sweep.
-        thorough: compose and build every trial of a grid (ten of a search) instead of validating the first.
+        sweep: The sweep.
+        thorough: Compose and build every trial of a grid (ten of a search) instead of validating the first.
     """
     sweep_problems = [*_top(sweep.content), *_command(sweep), *_search(sweep)]
     for key, node in sweep.parameters.items():
@@ -201,7 +201,7 @@ def compose_trial(params: Mapping[str, Any]) -> DictConfig:
     """Return the configuration of one trial, validated.
 
     Raises:
-        ConfigError: an undeclared key, an unknown choice, or values that do not fit together.
+        ConfigError: An undeclared key, an unknown choice, or values that do not fit together.
     """
     hydra_internals.clear_application()  # that of a multirun
     with hydra_internals.composing_from(str(loading.folder())):

@@ -72,15 +72,15 @@ class LocalSweep:
     """A sweep's folder, its trials, and the loop over them.
 
     Args:
-        sweep: the sweep to run.
-        root: the folder of sweeps; this one takes ``<root>/<file>-<hash>``.
+        sweep: The sweep to run.
+        root: The folder of sweeps; this one takes ``<root>/<file>-<hash>``.
         slots: GPUs or shares of the CPU's cores, each of which runs one trial at a time.
-        limit: largest number of trials to run, the first ones.
-        show: called with this object about every second and whenever something changed.
+        limit: Largest number of trials to run, the first ones.
+        show: A function that is called with this object about every second and whenever something changed.
 
     Raises:
-        StorageError: the folder cannot be written.
-        ConfigError: a search that has no end, or Optuna is not installed.
+        StorageError: The folder cannot be written.
+        ConfigError: A search that has no end, or Optuna is not installed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LocalSweep:
             0 if every trial is finished (or was stopped early, as the file asks); else the code of the first that is not.
 
         Raises:
-            Interrupted: asked to stop; the children have saved and ended.
+            Interrupted: Asked to stop; the children have saved and ended.
         """
         try:
             for _ in job_scheduler.run_jobs(self, self.slots):

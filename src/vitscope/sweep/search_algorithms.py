@@ -47,13 +47,13 @@ def start(sweep: Sweep, limit: int | None, earlier_trials: Mapping[int, dict[str
     """Return the search of a sweep's method.
 
     Args:
-        sweep: the sweep.
-        limit: largest number of trials.
-        earlier_trials: trials that an earlier invocation proposed, by number; a search that learns must propose them again.
-        folder: of the sweep, which all invocations share; a search that learns keeps its study there.
+        sweep: The sweep.
+        limit: Largest number of trials.
+        earlier_trials: Trials that an earlier invocation proposed, by number; a search that learns must propose them again.
+        folder: Folder of the sweep, which all invocations share; a search that learns keeps its study there.
 
     Raises:
-        ConfigError: a search that has no end, or Optuna is not installed.
+        ConfigError: A search that has no end, or Optuna is not installed.
     """
     if sweep.method == "bayes":
         n = sweep_file.count(sweep, limit)
@@ -92,10 +92,10 @@ class Bayes:
     draws are a function of the sweep and the number. Trials that run count as bad ones until they end.
 
     Args:
-        sweep: the sweep.
-        n: number of trials.
-        earlier_trials: trials that a sweep without a study has proposed, by number.
-        folder: of the sweep.
+        sweep: The sweep.
+        n: Number of trials.
+        earlier_trials: Trials that a sweep without a study has proposed, by number.
+        folder: Folder of the sweep.
     """
 
     def __init__(self, sweep: Sweep, n: int, earlier_trials: Mapping[int, dict[str, Any]], folder: Path) -> None:

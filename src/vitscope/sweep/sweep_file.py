@@ -25,8 +25,8 @@ class Sweep:
     """A sweep file with what the command line added to it.
 
     Attributes:
-        path: the file.
-        content: keys of the file, ``overrides`` already written into ``parameters`` as single values.
+        path: The file.
+        content: Keys of the file, ``overrides`` already written into ``parameters`` as single values.
     """
 
     path: Path
@@ -108,7 +108,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         overrides: Settings of every trial.
 
     Raises:
-        ConfigError: no such file, not YAML, no parameters, or an override of a key that the file varies.
+        ConfigError: No such file, not YAML, no parameters, or an override of a key that the file varies.
     """
     path = find(path)
     try:
@@ -156,7 +156,7 @@ def grid(sweep: Sweep) -> list[dict[str, Any]]:
     """Return all combinations, the last key varying fastest, as W&B's own grid does.
 
     Raises:
-        ConfigError: a parameter with no finite list of values.
+        ConfigError: A parameter with no finite list of values.
     """
     lists = {key: distributions.listed(key, node) for key, node in sweep.parameters.items()}
     return [dict(zip(lists, combination)) for combination in itertools.product(*lists.values())]
@@ -177,7 +177,7 @@ def planned(sweep: Sweep, limit: int | None = None) -> list[dict[str, Any]]:
     """Return the trials of a grid or random sweep.
 
     Raises:
-        ConfigError: a random sweep that would never end.
+        ConfigError: A random sweep that would never end.
     """
     n = count(sweep, limit)
     if sweep.method == "grid":

@@ -92,7 +92,7 @@ def slots(gpus: str | None, jobs: int | None) -> list[Slot]:
     A slot's threads are its share of the cores this process may use, and never more than the caller asked for.
 
     Raises:
-        ConfigError: both given, or names that are no GPUs.
+        ConfigError: Both given, or names that are no GPUs.
     """
     if gpus is not None and jobs is not None:
         raise ConfigError("JOBS", jobs, "GPUS is given too", "give one of them")
@@ -116,7 +116,7 @@ def check_gpus(gpus: str | None) -> None:
     """Refuse GPU numbers that this machine does not have.
 
     Raises:
-        ConfigError: naming how many there are.
+        ConfigError: Naming how many there are.
     """
     if gpus is None:
         return

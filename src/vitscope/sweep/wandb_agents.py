@@ -34,7 +34,7 @@ def create(sweep: Sweep) -> str:
     """Create the sweep with ``wandb sweep`` and return its full id, ``entity/project/id``.
 
     Raises:
-        ConfigError: the server refused it or cannot be reached.
+        ConfigError: The server refused it or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, f"{sweep.path.stem}.yaml")
@@ -68,17 +68,17 @@ def run(sweep: Sweep, sweep_id: str, folder: Path, slots: Sequence[Slot], limit:
     """Run one agent a slot until the server has no more trials.
 
     Args:
-        sweep: the file that made it.
+        sweep: The file that made it.
         sweep_id: ``entity/project/id`` or ``id``.
-        folder: folder of the runs and of the agents' logs.
+        folder: Folder of the runs and of the agents' logs.
         slots: GPUs or shares of the CPU's cores, each of which runs one agent.
-        limit: largest number of trials, shared among the agents.
+        limit: Largest number of trials, shared among the agents.
 
     Returns:
         0 if every trial that an agent started has finished; else the exit code of the first that has not.
 
     Raises:
-        Interrupted: asked to stop; the trials have saved and ended.
+        Interrupted: Asked to stop; the trials have saved and ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     agents: list[trial_process.ChildProcess] = []
@@ -112,9 +112,9 @@ def report(folder: Path, broken: int = 0, *, may_stop: bool = False) -> int:
     (its command line was refused) failed too.
 
     Args:
-        folder: folder of the sweep.
-        broken: number of agents that ended with an error.
-        may_stop: whether the server may stop trials early, so that a stopped one is complete.
+        folder: Folder of the sweep.
+        broken: Number of agents that ended with an error.
+        may_stop: Whether the server may stop trials early, so that a stopped one is complete.
     """
     first, finished = 0, 0
     runs = run_search.every(folder)

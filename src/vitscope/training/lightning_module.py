@@ -43,18 +43,18 @@ class Classifier(pl.LightningModule):
     run repeats an uninterrupted one bit for bit, with or without diagnostics in between.
 
     Args:
-        network: a module from images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to a mapping or an object with
+        network: A module from images ``(B, C, H, W)`` to logits ``(B, num_classes)``, or to a mapping or an object with
             ``logits``.
         num_classes: K.
-        optimizer: function from parameters to an optimizer.
-        lr_schedule: keyword arguments of `vitscope.core.lr_schedule.factor`.
-        label_smoothing: smoothing of index targets.
-        loss: name or callable, as `vitscope.Objective` takes it.
-        mix: function from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
-        seed: seed of the run.
-        compile: train through ``torch.compile``; diagnostics always see the uncompiled network.
-        channels_last: hand images over in NHWC order, which convolutions keep; weights stay as they are.
-        identity: plain facts kept in checkpoints and compared on resume.
+        optimizer: Function from parameters to an optimizer.
+        lr_schedule: Keyword arguments of `vitscope.core.lr_schedule.factor`.
+        label_smoothing: Smoothing of index targets.
+        loss: Name or callable, as `vitscope.Objective` takes it.
+        mix: Function from ``(x, y, seed)`` to mixed ``(x, soft y)``; None for no mixup.
+        seed: Seed of the run.
+        compile: Train through ``torch.compile``; diagnostics always see the uncompiled network.
+        channels_last: Hand images over in NHWC order, which convolutions keep; weights stay as they are.
+        identity: Plain facts kept in checkpoints and compared on resume.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class Classifier(pl.LightningModule):
         """Return the loss of a micro-batch, mixed if the recipe mixes, with its weight in the optimizer step's mean over images.
 
         Raises:
-            NumericalError: the loss is not finite; the weights are those of the step before.
-            DataError: no image of the whole step has a label.
+            NumericalError: The loss is not finite; the weights are those of the step before.
+            DataError: No image of the whole step has a label.
         """
         if self._second_pass():
             return self._loss_at_ascent()

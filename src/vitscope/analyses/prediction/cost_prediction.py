@@ -74,7 +74,7 @@ class PredictedCost:
     """Predicted cost of an analysis for one process.
 
     Attributes:
-        name: Its name.
+        name: The analysis's name.
         seconds: Time, with its bounds where the number of repeats is not known before; None where it is unknown.
         peak_bytes: Bytes of the device: the model and its batch, what is held beside it and the largest piece of work; None where
             they are unknown.
@@ -110,7 +110,7 @@ def predict_costs(
     Args:
         cfg: Validated configuration: the objective and the seed.
         analyses: What would be measured.
-        network: On its device; it is given back as it was.
+        network: The network on its device; it is given back as it was.
         data: Data module.
         n_ranks: Number of processes that would share the work.
         content: Checkpoint of the weights, for an objective that needs the optimizer's state.
@@ -133,9 +133,9 @@ def predict_times(
     taken to be as long.
 
     Args:
-        cfg: As for `predict_costs`, and likewise the others.
+        cfg: That of `predict_costs`, and likewise the others.
         analyses: What will be measured.
-        network: On its device; it is given back as it was.
+        network: The network on its device; it is given back as it was.
         data: Data module.
         content: Checkpoint of the weights.
 
@@ -152,8 +152,8 @@ class _Predictor:
     """Predicts one analysis after the other; a piece of work that several of them do is timed once.
 
     Attributes:
-        cfg: As for `predict_costs`, and likewise the others.
-        network: On its device.
+        cfg: That of `predict_costs`, and likewise the others.
+        network: The network on its device.
         data: Data module.
         content: Checkpoint of the weights.
         n_ranks: Number of processes that would share the work.
@@ -237,7 +237,7 @@ def measure_unit(unit: WorkUnit, probe: Probe, options: Mapping[str, Any], count
 
     Args:
         unit: The piece of work.
-        probe: Of one batch.
+        probe: A probe of one batch.
         options: All options of the measure.
         count_bytes: Whether the work is done once more to count its bytes; otherwise they are zero.
     """
@@ -264,7 +264,7 @@ def combined(
     """Return the cost that a formula's counts and the times of its pieces of work give.
 
     Args:
-        name: Of the analysis.
+        name: The analysis's name.
         cost: Counts of the formula.
         units: Time and bytes by the piece of work's name.
         n_images: Number of images of the analysis.

@@ -32,9 +32,9 @@ def reading_works(analysis: Analysis, probe: Probe, cost: MeasureCost, sizes: Ma
 
     Args:
         analysis: What would be measured.
-        probe: Of all its images.
-        cost: Of the analysis without the reading.
-        sizes: Of the arguments that the run supplies: training and validation images are read too.
+        probe: A probe of all images of the analysis.
+        cost: The cost of the analysis without the reading.
+        sizes: Sizes of the arguments that the run supplies: training and validation images are read too.
     """
     if not isinstance(probe.batches.source, ProbeBatches):
         return []

@@ -86,7 +86,7 @@ def predict(
 
     Args:
         analyses: What will be measured.
-        network: On its device; modes and random states are left as they are.
+        network: The network on its device; modes and random states are left as they are.
         data: Data module.
         measured: Names of analyses that have a result already.
         time_products: Returns the seconds of those of the other analyses whose products can be timed

@@ -85,7 +85,7 @@ def _check_steps(path: str, key: str, value: Any) -> None:
     """Check the optimizer steps after which an analysis measures.
 
     Raises:
-        ConfigError: other than a whole number or, for ``at_steps``, a list of them counted from 1.
+        ConfigError: Other than a whole number or, for ``at_steps``, a list of them counted from 1.
     """
     place = f"{path}.{key}"
     if key == "every_n_steps":
@@ -106,7 +106,7 @@ def _check_training_images(path: str, images: Any) -> None:
     """Check the option ``train`` of an analysis: which training images the run supplies.
 
     Raises:
-        ConfigError: an unknown key or word, or a value of another type.
+        ConfigError: An unknown key or word, or a value of another type.
     """
     if images is None or images == CROSS_VALIDATION:
         return
@@ -132,7 +132,7 @@ def _check_options(path: str, node: Mapping[str, Any]) -> None:
     """Refuse options that the measure will refuse whatever the network and the images are, before a training that ends in it.
 
     Raises:
-        ConfigError: with the measure's own words.
+        ConfigError: With the measure's own words.
     """
     measure = target_allowlist.resolve(node["_target_"], path)
     options = {key: value for key, value in node.items() if key in inspect.signature(measure).parameters}

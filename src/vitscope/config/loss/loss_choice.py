@@ -19,7 +19,7 @@ def check(objective: Mapping[str, Any]) -> None:
     """Check the loss of an objective, and that its label smoothing can be applied.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: Naming the key.
     """
     from vitscope.core.losses.named_losses import LOSSES  # imports torch
 
@@ -43,7 +43,7 @@ def build(objective: Mapping[str, Any]) -> str | Callable[..., Any]:
     """Return the loss of an objective: its name, or the callable that its ``_target_`` names, with the node's other keys.
 
     Raises:
-        ConfigError: a loss that cannot be made, or one with parameters to train.
+        ConfigError: A loss that cannot be made, or one with parameters to train.
     """
     from torch import nn
 

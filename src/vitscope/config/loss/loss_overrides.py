@@ -11,7 +11,7 @@ def joined(arguments: Sequence[str]) -> list[str]:
     """Return a command line with ``objective.loss.<key>=<value>`` arguments joined in ``objective.loss={<key>:<value>,...}``.
 
     Args:
-        arguments: command line without the program's name.
+        arguments: Command line without the program's name.
     """
     keys = [argument.lstrip("+") for argument in arguments if _is_key(argument)]
     if not keys:

@@ -32,7 +32,7 @@ def argument_ranges(target: str) -> dict[str, ValueRange]:
     """Return the ranges of the arguments that a dotted name of this package takes, by name; empty for other names.
 
     Args:
-        target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
+        target: Name of a function, for example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
     """
     definition = _definition_of(target)
     if definition is None:
@@ -47,7 +47,7 @@ def argument_descriptions(target: str) -> dict[str, str]:
     """Return what the docstring of a dotted name of this package says of its arguments, by name; empty for other names.
 
     Args:
-        target: For example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
+        target: Name of a function, for example ``vitscope.models.vit`` or ``vitscope.hessian_trace``.
     """
     definition = _definition_of(target)
     return _documented_arguments(definition[1]) if definition is not None else {}

@@ -34,9 +34,9 @@ class BatchFormat:
     """Rules by which a probe reads its batches and its network's outputs.
 
     Args:
-        output: key, index or attribute of the output, or a function of it; None for the output itself or its ``logits``.
+        output: Key, index or attribute of the output, or a function of it; None for the output itself or its ``logits``.
         forward: ``forward(model, batch)`` returns the output; None for the calls that this module describes.
-        targets: key, index or function of a batch that gives the targets; None for the second of a pair, or ``labels``.
+        targets: Key, index or function of a batch that gives the targets; None for the second of a pair, or ``labels``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class BatchFormat:
         """Return the inputs and the targets of a batch.
 
         Raises:
-            ValueError: a batch of another form.
+            ValueError: A batch of another form.
         """
         if isinstance(batch, Mapping):
             return self._split_mapping(index, batch)
@@ -155,9 +155,9 @@ class BatchFormat:
         Hooks and ``torch.func.functional_call`` work as on any module. Calls of the model by ``forward`` run it as it is.
 
         Args:
-            model: whose ``forward`` is replaced where it may not take the inputs as its only argument.
-            select: whether the output is selected; with False it comes as it is.
-            pairs: whether every batch is known to be a pair.
+            model: The model whose ``forward`` is replaced where it may not take the inputs as its only argument.
+            select: Whether the output is selected; with False it comes as it is.
+            pairs: Whether every batch is known to be a pair.
         """
         with ExitStack() as stack:
             if select and self.forward is None:
@@ -170,7 +170,7 @@ class BatchFormat:
         """Return what ``output`` selects; an output without an entry ``logits`` as it is by default.
 
         Raises:
-            ValueError: no such entry.
+            ValueError: No such entry.
         """
         key = self.output
         if key is None:

@@ -15,8 +15,8 @@ class BatchInputs:
     A tensor whose first axis has as many entries as there are images is cut with them; any other entry is handed over whole.
 
     Args:
-        entries: entries of the batch, by key or by place.
-        n_images: number of images.
+        entries: Entries of the batch, by key or by place.
+        n_images: Number of images.
     """
 
     def __init__(self, entries: Mapping[Any, Any] | Sequence[Any], n_images: int) -> None:
@@ -99,7 +99,7 @@ def images_of(inputs: Inputs, measure: str) -> Tensor:
     """Return the images of a batch ``(B, C, H, W)``: its inputs themselves, or the one entry of that shape.
 
     Raises:
-        ValueError: none or several entries of that shape.
+        ValueError: None or several entries of that shape.
     """
     if isinstance(inputs, Tensor):
         return inputs
@@ -116,7 +116,7 @@ def joined(parts: Sequence[Inputs]) -> Inputs:
     """Return the inputs of several batches as one.
 
     Raises:
-        ValueError: batches that hold different entries.
+        ValueError: Batches that hold different entries.
     """
     if isinstance(parts[0], Tensor):
         return torch.cat([part for part in parts if isinstance(part, Tensor)])

@@ -20,13 +20,13 @@ def prepare_batch(index: int, batch: Batch, device: torch.device, dtype: torch.d
     """Return a batch whose floating-point tensors have a dtype, and that autograd may keep.
 
     Args:
-        index: number of the batch, for the error.
-        batch: inputs and targets.
-        device: device of the model.
-        dtype: floating-point type of the guard.
+        index: Number of the batch, for the error.
+        batch: Inputs and targets.
+        device: Device of the model.
+        dtype: Floating-point type of the guard.
 
     Raises:
-        ValueError: a tensor on another device.
+        ValueError: A tensor on another device.
     """
     x, y = batch
     for tensor in (*tensors_of(x), y):
@@ -44,11 +44,11 @@ def count_examples(
     """Return the images in each batch, and the examples with a label in all batches.
 
     Args:
-        sizes_and_targets: number of images and targets of each batch.
-        objective: says which examples count.
+        sizes_and_targets: Number of images and targets of each batch.
+        objective: Says which examples count.
 
     Raises:
-        ValueError: no batch.
+        ValueError: No batch.
     """
     counts = [(size, objective.n_examples(y)) for size, y in sizes_and_targets]
     if not counts:

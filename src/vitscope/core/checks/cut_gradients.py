@@ -68,11 +68,11 @@ def slope_gap(model: nn.Module, x: Inputs, y: Tensor, objective: Objective, grad
     weights are given back as they were.
 
     Args:
-        model: Inside a guard, in eval mode.
+        model: The model inside a guard, in eval mode.
         x: Images (B, C, H, W), or the inputs of a batch.
         y: Their targets.
-        objective: Its data term is differentiated.
-        gradient: Of the data term with respect to all parameters that require gradients, as one vector.
+        objective: The objective whose data term is differentiated.
+        gradient: Gradient of the data term with respect to all parameters that require gradients, as one vector.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if any(isinstance(p, LocalShard) for p in model.parameters()):

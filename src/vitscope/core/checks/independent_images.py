@@ -14,7 +14,7 @@ def refuse_dependent_images(model: nn.Module, x: Inputs, n_part: int, what: str)
     """Check that a part of a batch has the outputs that it has in the batch, to half of the digits of their type.
 
     Args:
-        model: Inside a guard, in eval mode.
+        model: The model inside a guard, in eval mode.
         x: Images (B, C, H, W), or the inputs of a batch.
         n_part: Images of the part, the first ones; nothing is checked where the batch has no more.
         what: What needs independent images, for the error.

@@ -22,8 +22,8 @@ class OptionCheck:
     """A check of some options of a measure.
 
     Attributes:
-        names: the options that the function is called with, by keyword.
-        function: raises ValueError where the options cannot be meant; its result is not used.
+        names: The options that the function is called with, by keyword.
+        function: Raises ValueError where the options cannot be meant; its result is not used.
     """
 
     names: tuple[str, ...]
@@ -34,8 +34,8 @@ def checks_options(check: Callable[..., Any], names: Sequence[str] | None = None
     """Decorate a measure, below `vitscope.core.measure_options.record_options`, which calls the check.
 
     Args:
-        check: function of options of the measure that raises ValueError where they cannot be meant together.
-        names: the options that it is called with; None for the names of its parameters.
+        check: Function of options of the measure that raises ValueError where they cannot be meant together.
+        names: The options that it is called with; None for the names of its parameters.
 
     Example:
         ``@checks_options(check_points)`` with ``def check_points(t_min, t_max)`` above a measure with these two arguments.
@@ -59,12 +59,12 @@ def check_options(measure: Callable[..., Any], options: Mapping[str, Any]) -> No
     """Run the checks that a measure declares.
 
     Args:
-        measure: the measure.
-        options: its options by name; those that are not given have their defaults, and a check of an option without either is
-            left out.
+        measure: The measure.
+        options: The measure's options by name; those that are not given have their defaults, and a check of an
+            option without either is left out.
 
     Raises:
-        ValueError: options that cannot be meant, with what was expected and received.
+        ValueError: Options that cannot be meant, with what was expected and received.
     """
     checks = option_checks_of(measure)
     if not checks:

@@ -39,7 +39,7 @@ class Workload:
         map_sizes: Height and width of the feature maps at each place where they are read; None where they are not known.
         has_batch_norm: Whether the model has BatchNorm layers with running statistics.
         probe: The model and some of its images, in which formulas count units, layers or classes; None where it is not at hand.
-        input_sizes: Of the arguments that a run supplies (`vitscope.core.run_inputs`), by name: numbers of images, of
+        input_sizes: Sizes of the arguments that a run supplies (`vitscope.core.run_inputs`), by name: numbers of images, of
             checkpoints or of models.
     """
 
@@ -79,7 +79,7 @@ class Workload:
 
         Args:
             options: The measure's.
-            name: Of the argument.
+            name: The argument's name.
         """
         value = options.get(name)
         if isinstance(value, Probe):
@@ -105,7 +105,7 @@ def workload_of(
     """Return the workload of a model and images.
 
     Args:
-        model: On any device, also on ``meta``.
+        model: The model on any device, also on ``meta``.
         batch_size: Number of images of a batch.
         n_images: Number of images.
         image_size: Height and width of an image in pixels; zeros where no formula asks for them.
@@ -209,7 +209,7 @@ class MeasureCost:
     """Work and memory of a measure.
 
     Attributes:
-        works: Its pieces of work.
+        works: The measure's pieces of work.
         held_bytes: Bytes of the device beside the model and what a piece of work needs, such as a Lanczos basis or directions.
         held_bytes_shared: Those of them that the ranks of a process group share out.
         result_bytes: Bytes of the result's arrays before compression; None where they are not known.
@@ -268,7 +268,7 @@ def cost_of(measure: Callable[..., Any], options: Options, workload: Workload) -
 
     Args:
         measure: The function.
-        options: Its arguments; the defaults take the place of the others.
+        options: The measure's arguments; the defaults take the place of the others.
         workload: What it works on.
     """
     try:

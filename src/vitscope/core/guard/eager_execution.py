@@ -37,7 +37,7 @@ def eager_execution(model: nn.Module) -> Iterator[None]:
     Activation checkpoints are made without reentering autograd, whatever the model asks for.
 
     Raises:
-        ValueError: the model has a part made by ``torch.jit``, whose Python code is gone.
+        ValueError: The model has a part made by ``torch.jit``, whose Python code is gone.
     """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

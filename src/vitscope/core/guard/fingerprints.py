@@ -53,7 +53,7 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     """Return the dense tensors that a sparse one is made of; the tensor itself where it is dense.
 
     Raises:
-        ValueError: a layout that has none (opaque ones, such as MKL-DNN's).
+        ValueError: A layout that has none (opaque ones, such as MKL-DNN's).
     """
     if tensor.layout == torch.strided:
         return [tensor]
@@ -94,7 +94,7 @@ class SeenBatches:
         """Yield the batches.
 
         Raises:
-            ValueError: a batch that differs from the one at its place on an earlier pass, or a pass of another length.
+            ValueError: A batch that differs from the one at its place on an earlier pass, or a pass of another length.
         """
         count = 0
         for count, batch in enumerate(batches, start=1):
@@ -110,7 +110,7 @@ class SeenBatches:
         """Yield the number of a batch and the batch for some of all batches.
 
         Raises:
-            ValueError: a batch that differs from the one of its number on an earlier pass.
+            ValueError: A batch that differs from the one of its number on an earlier pass.
         """
         for index, batch in batches:
             self._check(index, batch)

@@ -38,8 +38,8 @@ class InputChecks:
     """Checks of the batches and outputs of one probe; each batch is checked once.
 
     Args:
-        loss: the objective's.
-        batch_format: form of the batches; by default pairs ``(x, y)``.
+        loss: The objective's.
+        batch_format: Form of the batches; by default pairs ``(x, y)``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class InputChecks:
         """Return inputs and targets ``(x, y)``, class indices as int64.
 
         Raises:
-            ValueError: see this module.
+            ValueError: See this module.
         """
         x, y = self.format.split(index, batch)
         y = as_indices(self.loss, y)
@@ -98,8 +98,8 @@ class InputChecks:
         """Check what the model returns in every pass inside; an error of the model on its first images is a ValueError.
 
         Args:
-            model: the model.
-            logits: whether it must return what the loss takes; with False any output is good.
+            model: The model.
+            logits: Whether it must return what the loss takes; with False any output is good.
         """
         if logits and self.loss == "cross_entropy" and getattr(model, "num_classes", None) == 0:
             raise ValueError(

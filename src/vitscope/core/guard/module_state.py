@@ -42,9 +42,9 @@ class AttributeSnapshot:
     in their first pass, and a flag.
 
     Args:
-        model: the model with the modules to look at, and those that they hold in plain lists and dictionaries.
-        hooks: also put back hooks that were removed, and the attributes that every module has, such as ``training``.
-        values: also keep copies of tensors on plain attributes, to undo changes in place.
+        model: The model with the modules to look at, and those that they hold in plain lists and dictionaries.
+        hooks: Also put back hooks that were removed, and the attributes that every module has, such as ``training``.
+        values: Also keep copies of tensors on plain attributes, to undo changes in place.
     """
 
     def __init__(self, model: nn.Module, *, hooks: bool = False, values: bool = False) -> None:
@@ -313,8 +313,8 @@ def refilled_places(model: nn.Module, run: Callable[[], Any]) -> dict[Place, str
     does not fill the place again, it does not use it. The model is as before afterwards.
 
     Args:
-        model: inside a guard, without `pure_forward`.
-        run: runs one forward pass.
+        model: The model inside a guard, without `pure_forward`.
+        run: Runs one forward pass.
     """
     ways_by_place: dict[Place, str] = {}
     for place in filled_places(model):

@@ -50,9 +50,9 @@ def ineffective_parameters(model: nn.Module, x: Inputs, values: bool) -> Paramet
     whose result is not returned or not selected), or if it is a mask token.
 
     Args:
-        model: inside a guard, in eval mode.
-        x: images (B, C, H, W).
-        values: whether a parameter counts as effective too where only the outputs' values depend on it (as in a table that is
+        model: The model inside a guard, in eval mode.
+        x: Images (B, C, H, W).
+        values: Whether a parameter counts as effective too where only the outputs' values depend on it (as in a table that is
             made from it by ``detach()`` in every pass), each of those is then moved and the model evaluated.
     """
     moved = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -32,10 +32,10 @@ class PassChecks:
     """Checks by passes over the first batch; each is made once.
 
     Args:
-        model: inside a guard, in eval mode, whenever a method is called.
-        objective: the objective whose data term is differentiated.
-        first_batch: reads the probe's first batch; None without one.
-        batch_format: form of the batches.
+        model: The model, which is inside a guard and in eval mode whenever a method is called.
+        objective: The objective whose data term is differentiated.
+        first_batch: Reads the probe's first batch; None without one.
+        batch_format: Form of the batches.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class PassChecks:
         """Empty the tables made from weights; return whether the model repeats itself, which is measured once.
 
         Args:
-            device: the model's.
-            gradient: whether the loss is differentiated.
-            moves_weights: whether the model will be evaluated at other weights.
-            n_images: images of the first batch to use; None for all.
-            uses_loss: whether outputs go to the loss, which is then checked too.
+            device: The model's.
+            gradient: Whether the loss is differentiated.
+            moves_weights: Whether the model will be evaluated at other weights.
+            n_images: Images of the first batch to use; None for all.
+            uses_loss: Whether outputs go to the loss, which is then checked too.
         """
         level = "outputs"
         if gradient:

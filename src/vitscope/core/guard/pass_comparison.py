@@ -26,11 +26,11 @@ def compare_passes(
     the passes drew random numbers, nothing is put down to rounding.
 
     Args:
-        model: gives L and the layers' numbers of inputs.
-        first: tensors of one pass.
-        second: tensors of the other pass.
-        drew: whether random numbers were drawn.
-        x: the images (B, C, H, W).
+        model: Gives L and the layers' numbers of inputs.
+        first: Tensors of one pass.
+        second: Tensors of the other pass.
+        drew: Whether random numbers were drawn.
+        x: The images (B, C, H, W).
     """
     worst = max((_relative(a, b) for a, b in zip(first, second)), default=0.0)
     if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second)):

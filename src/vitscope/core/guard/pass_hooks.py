@@ -14,9 +14,9 @@ def hooked_passes(model: nn.Module, before: Callable[..., Any], after: Callable[
     """Call ``before`` and ``after`` around every forward pass inside.
 
     Args:
-        model: the model whose passes are hooked.
-        before: a forward pre-hook ``(model, args)``, called before the model's own; what it returns replaces ``args``.
-        after: a forward hook ``(model, args, output)``, also called after a pass that raised, with None for ``output``.
+        model: The model whose passes are hooked.
+        before: A forward pre-hook ``(model, args)``, called before the model's own; what it returns replaces ``args``.
+        after: A forward hook ``(model, args, output)``, also called after a pass that raised, with None for ``output``.
     """
     first = model.register_forward_pre_hook(before, prepend=True)
     last = model.register_forward_hook(after, always_call=True)

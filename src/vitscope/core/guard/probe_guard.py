@@ -29,13 +29,13 @@ def refuse_unfit_weights(model: nn.Module, differentiated: bool, frozen_integers
     """Raise where no measure, or none that differentiates or moves the weights, can work with them.
 
     Args:
-        model: the model.
-        differentiated: whether a measure differentiates or moves the weights.
-        frozen_integers: whether integers may stand beside trainable floating-point weights.
+        model: The model.
+        differentiated: Whether a measure differentiates or moves the weights.
+        frozen_integers: Whether integers may stand beside trainable floating-point weights.
 
     Raises:
-        NumericalError: a parameter or a buffer holds NaN, or a parameter or a BatchNorm statistic an infinity.
-        ValueError: parameters without a shape yet; with ``differentiated`` also quantized, sparse or opaque weights.
+        NumericalError: A parameter or a buffer holds NaN, or a parameter or a BatchNorm statistic an infinity.
+        ValueError: Parameters without a shape yet; with ``differentiated`` also quantized, sparse or opaque weights.
     """
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):

@@ -55,8 +55,8 @@ class RepeatedPasses:
     """Repeats passes that drew random numbers and refuses a network whose outputs change, as `Repeatability.refuse` does.
 
     Args:
-        model: inside a guard, in eval mode.
-        device: the model's.
+        model: The model inside a guard, in eval mode.
+        device: The model's.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class RepeatedPasses:
         """Run the model on ``args`` again, once for each input, and compare with ``output``.
 
         Raises:
-            ValueError: the outputs differ.
+            ValueError: The outputs differ.
         """
         key = tuple(fingerprint(t) for a in args for t in tensors_of(a))
         if key in self._equal:

@@ -14,8 +14,8 @@ class RandomStates:
     """The random states at one moment: of Python, NumPy and torch, and of generators on plain attributes of modules.
 
     Args:
-        device: the device whose state is read, besides the CPU's.
-        model: the model with the attributes to look at; None for the global states alone.
+        device: The device whose state is read, besides the CPU's.
+        model: The model with the attributes to look at; None for the global states alone.
     """
 
     def __init__(self, device: torch.device, model: nn.Module | None = None) -> None:

@@ -29,16 +29,16 @@ class Repeatability:
     """Comparison of two passes over the same images.
 
     Attributes:
-        random: modules whose outputs differ between the passes, innermost ones; empty where both passes agree.
-        difference: the largest relative difference of an output, the loss or the gradient.
-        bound: largest difference that another order of summation explains.
-        written: parameters that a pass writes to.
-        unread: trainable parameters of modules that run, from which the outputs may be cut off.
-        unused: trainable parameters that the outputs in eval mode do not use.
-        outside: shapes of tensors that require gradients, count in the outputs, and are no parameters of the model.
-        drew: whether these passes drew random numbers, seen in their outputs or not.
-        cut: modules that use values without their derivatives, where the loss's slope shows it.
-        gap: difference between the slope of the loss along its gradient and the gradient's length, as a share.
+        random: Modules whose outputs differ between the passes, innermost ones; empty where both passes agree.
+        difference: The largest relative difference of an output, the loss or the gradient.
+        bound: Largest difference that another order of summation explains.
+        written: Parameters that a pass writes to.
+        unread: Trainable parameters of modules that run, from which the outputs may be cut off.
+        unused: Trainable parameters that the outputs in eval mode do not use.
+        outside: Shapes of tensors that require gradients, count in the outputs, and are no parameters of the model.
+        drew: Whether these passes drew random numbers, seen in their outputs or not.
+        cut: Modules that use values without their derivatives, where the loss's slope shows it.
+        gap: Difference between the slope of the loss along its gradient and the gradient's length, as a share.
     """
 
     random: tuple[str, ...] = ()
@@ -150,11 +150,11 @@ def examine(
     ``moves_weights`` two images more, to find out which parameters the outputs depend on.
 
     Args:
-        model: inside a guard, in eval mode.
-        x: images (B, C, H, W), or the batch of a network that takes more.
-        y: targets of the images.
-        objective: the objective whose data term is differentiated; None compares outputs alone.
-        moves_weights: whether the model will be evaluated at other weights.
+        model: The model inside a guard, in eval mode.
+        x: Images (B, C, H, W), or the batch of a network that takes more.
+        y: Targets of the images.
+        objective: The objective whose data term is differentiated; None compares outputs alone.
+        moves_weights: Whether the model will be evaluated at other weights.
     """
     weights = _identities(model)
     states = RandomStates(x.device, model)

@@ -13,9 +13,9 @@ def substituted_call(model: nn.Module, tensors: Mapping[str, Tensor], inputs: An
     """Return ``model(inputs)`` with ``tensors`` in place of its parameters; the model is as before afterwards.
 
     Args:
-        model: the network.
-        tensors: tensors by name, as in ``model.named_parameters()``.
-        inputs: the argument of the network.
+        model: The network.
+        tensors: Tensors by name, as in ``model.named_parameters()``.
+        inputs: The argument of the network.
     """
     return call_with(model, tensors, (inputs,), {})
 
@@ -30,10 +30,10 @@ def call_with(
     named once here, and parameters that several modules share are named at each of these.
 
     Args:
-        module: a network, or a part of one.
-        tensors: tensors by name, as in ``module.named_parameters()``.
-        args: positional arguments of the module.
-        kwargs: its keyword arguments.
+        module: A network, or a part of one.
+        tensors: Tensors by name, as in ``module.named_parameters()``.
+        args: Positional arguments of the module.
+        kwargs: The call's keyword arguments.
     """
     first_names = {id(p): name for name, p in module.named_parameters()}
     substitutes = dict(tensors)

@@ -37,13 +37,13 @@ def image_sums(loss: str, outputs: Tensor, y: Tensor, smoothing: float) -> Tenso
     """Return the sum of the losses of each image's examples ``(B,)``; 0 for an image without a label.
 
     Args:
-        loss: one of `DESCRIPTIONS`.
+        loss: One of `DESCRIPTIONS`.
         outputs: ``(B, ...)``; ``(B, C, ...)`` for dense targets.
-        y: targets of the outputs' shape; class indices ``(B,)`` for outputs ``(B, K)``; ``(B, ...)`` for dense targets.
-        smoothing: label smoothing of class indices.
+        y: Targets of the outputs' shape; class indices ``(B,)`` for outputs ``(B, K)``; ``(B, ...)`` for dense targets.
+        smoothing: Label smoothing of class indices.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: Shapes that do not match.
     """
     if loss == "dense_cross_entropy":
         _check_dense(outputs, y)

@@ -25,15 +25,15 @@ def check_output(loss: str | Callable[..., Any], output: Any, n_images: int | No
     """Check what a network returned.
 
     Args:
-        loss: the objective's; a callable takes any output.
-        output: output of the network.
-        n_images: images that it was given; None where that is not known.
+        loss: The objective's; a callable takes any output.
+        output: Output of the network.
+        n_images: Images that it was given; None where that is not known.
 
     Returns:
         The number of classes that indices may name; None where there are none.
 
     Raises:
-        ValueError: the output does not fit the loss.
+        ValueError: The output does not fit the loss.
     """
     if callable(loss):
         return None

@@ -33,7 +33,7 @@ def values_of(loss: OwnLoss, outputs: Any, y: Tensor) -> Tensor:
     """Return the values of an own loss, ``(B,)`` or a scalar, the mean over the images that have a label.
 
     Raises:
-        ValueError: anything else.
+        ValueError: Anything else.
     """
     try:
         values = loss(outputs, y)
@@ -66,9 +66,9 @@ def reduced(loss: OwnLoss, outputs: Any, y: Tensor, reduction: str) -> Tensor:
     """Return ``(B,)`` values, 0 without a label, their sum or their mean over the images that have a label.
 
     Args:
-        loss: returns values ``(B,)`` or their mean.
-        outputs: outputs of the network.
-        y: targets.
+        loss: Returns values ``(B,)`` or their mean.
+        outputs: Outputs of the network.
+        y: Targets.
         reduction: ``none``, ``sum`` or ``mean``.
 
     Raises:
@@ -95,7 +95,7 @@ def check_repeated_values(loss: OwnLoss, outputs: Any, y: Tensor) -> None:
     """Check that a loss gives the same value for the same outputs and targets.
 
     Raises:
-        ValueError: it draws random numbers, or depends on earlier calls.
+        ValueError: It draws random numbers, or depends on earlier calls.
     """
     with torch.no_grad():
         first, second = (float(reduced(loss, outputs, y, "sum")) for _ in range(2))
@@ -114,12 +114,12 @@ def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
     by anything but their number, would give other numbers for other splits.
 
     Args:
-        loss: returns values ``(B,)`` or their mean.
-        outputs: outputs of the network ``(B, ...)``, B at least 2; without a graph.
-        y: targets of the same images.
+        loss: Returns values ``(B,)`` or their mean.
+        outputs: Outputs of the network ``(B, ...)``, B at least 2; without a graph.
+        y: Targets of the same images.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     middle = len(y) // 2
     with torch.no_grad():
@@ -140,13 +140,13 @@ def check_form(loss: OwnLoss, outputs: Any, y: Tensor, model: nn.Module) -> None
     """Check on one batch that a loss is one of the outputs alone, and that they are what a loss of torch takes them for.
 
     Args:
-        loss: a callable.
-        outputs: outputs of the network, without a graph.
-        y: targets of the same images.
-        model: the network.
+        loss: A callable.
+        outputs: Outputs of the network, without a graph.
+        y: Targets of the same images.
+        model: The network.
 
     Raises:
-        ValueError: the loss uses parameters of the network by itself, or takes the outputs for log probabilities, which they are
+        ValueError: The loss uses parameters of the network by itself, or takes the outputs for log probabilities, which they are
             not.
     """
     with torch.enable_grad():

@@ -12,7 +12,7 @@ def check_classes(probe: Probe, measure: str) -> None:
     """Check that a probe's outputs are logits of classes, one of which each image has.
 
     Raises:
-        ValueError: another loss than the cross entropy, so that outputs or targets may be something else.
+        ValueError: Another loss than the cross entropy, so that outputs or targets may be something else.
     """
     if probe.objective.loss != "cross_entropy":
         raise ValueError(
@@ -36,7 +36,7 @@ def check_images(probe: Probe, measure: str) -> None:
     """Check that images are all that a probe's model is given, so that they can be changed.
 
     Raises:
-        ValueError: batches of more entries, or ``forward``.
+        ValueError: Batches of more entries, or ``forward``.
     """
     if not probe.takes_images:
         raise ValueError(
@@ -49,7 +49,7 @@ def check_image_losses(probe: Probe, measure: str) -> None:
     """Check that the loss gives one value per image, and that images weigh alike.
 
     Raises:
-        ValueError: a callable that returns a mean, or dense targets with pixels that have no label.
+        ValueError: A callable that returns a mean, or dense targets with pixels that have no label.
     """
     loss = probe.objective.loss
     if loss == "dense_cross_entropy":
@@ -75,7 +75,7 @@ def check_non_negative(probe: Probe, measure: str, value: float) -> None:
     """Check that the objective's value is at least 0, for a measure that reports shares of it.
 
     Raises:
-        ValueError: it is negative.
+        ValueError: It is negative.
     """
     if value < 0:
         raise ValueError(

@@ -25,16 +25,16 @@ def check_targets(loss: str | Callable[..., Any], index: int, n_images: int, y: 
     """Check the targets of one batch.
 
     Args:
-        loss: the objective's.
-        index: number of the batch, for the error.
-        n_images: images in the batch.
-        y: targets of the batch, class indices as int64.
+        loss: The objective's.
+        index: Number of the batch, for the error.
+        n_images: Images in the batch.
+        y: Targets of the batch, class indices as int64.
 
     Returns:
         The highest class index, -1 for other targets.
 
     Raises:
-        ValueError: see `vitscope.core.guard.input_checks`.
+        ValueError: See `vitscope.core.guard.input_checks`.
     """
     received = f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
     if loss == "cross_entropy":

@@ -44,10 +44,10 @@ def distributions(y: Tensor, n_classes: int, dtype: torch.dtype, smoothing: floa
     """Return soft targets ``(B, n_classes)``: ``y`` itself, or one-hot class indices, smoothed; 0 for an image without a label.
 
     Args:
-        y: class indices ``(B,)`` or soft targets ``(B, n_classes)``.
-        n_classes: number of classes.
-        dtype: type of the result.
-        smoothing: share of the mass of an index target that is spread over all classes.
+        y: Class indices ``(B,)`` or soft targets ``(B, n_classes)``.
+        n_classes: Number of classes.
+        dtype: Type of the result.
+        smoothing: Share of the mass of an index target that is spread over all classes.
     """
     if y.ndim == 2:
         return y.to(dtype)
@@ -62,7 +62,7 @@ def values_for(outputs: Tensor, y: Tensor, smoothing: float) -> Tensor:
     Class indices ``(B,)`` for outputs ``(B, K)`` become one-hot rows, smoothed; other targets have the outputs' shape already.
 
     Raises:
-        ValueError: shapes that differ, or smoothing of targets that are no class indices.
+        ValueError: Shapes that differ, or smoothing of targets that are no class indices.
     """
     if are_indices(y) and outputs.ndim == 2 and outputs.shape[1] > 1 and len(y) == len(outputs):
         return distributions(y, outputs.shape[1], outputs.dtype, smoothing)

@@ -19,7 +19,7 @@ def field_shapes(kind: type) -> dict[str, tuple[str, ...]]:
     place in the tuple.
 
     Args:
-        kind: class of a result.
+        kind: Class of a result.
     """
     text = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
     entries: dict[str, tuple[str, ...]] = {}

@@ -83,11 +83,11 @@ class Result:
         A NumPy archive without pickled objects. It is replaced as a whole: a reader sees the old file or the new one.
 
         Args:
-            path: the file; ``.npz`` is appended where the name has no ending.
+            path: The file; ``.npz`` is appended where the name has no ending.
 
         Raises:
-            ValueError: the name has another ending.
-            StorageError: the folder cannot be written.
+            ValueError: The name has another ending.
+            StorageError: The folder cannot be written.
         """
         from vitscope.core.results import result_file
 

@@ -43,7 +43,7 @@ def content(result: Any) -> bytes:
     """Return the bytes of a result's file.
 
     Raises:
-        TypeError: a field is neither an array, a text, a number, a card, nor a tuple or mapping of these.
+        TypeError: A field is neither an array, a text, a number, a card, nor a tuple or mapping of these.
     """
     from vitscope import __version__
 
@@ -67,7 +67,7 @@ def load(path: Path) -> Any:
     """Return the result that `save` wrote to ``path``; a name without an ending is that of the file with ``.npz``.
 
     Raises:
-        StorageError: the file is damaged, or its type is neither of this package nor of one that ``VITSCOPE_TRUST`` names.
+        StorageError: The file is damaged, or its type is neither of this package nor of one that ``VITSCOPE_TRUST`` names.
     """
     if not path.suffix and not path.exists():
         path = path.with_name(f"{path.name}.npz")

@@ -40,7 +40,7 @@ def csv_of(results: Mapping[str, Any]) -> str:
     A missing coordinate and a null are empty. pandas is not needed.
 
     Args:
-        results: results of one measure by name; a single one without a name has no such column.
+        results: Results of one measure by name; a single one without a name has no such column.
     """
     blocks = []
     for name, result in results.items():

@@ -133,13 +133,13 @@ def probe_facts(
     """Return what the text of a probe says, as far as it is known without a pass.
 
     Args:
-        model: the model.
-        device: device of the model.
-        objective: the objective.
-        n_batches: number of batches; None where they have to be counted.
-        n_images: number of images; None where they have to be counted.
-        taps: the taps; None before they are looked up.
-        about: further facts of the probe.
+        model: The model.
+        device: Device of the model.
+        objective: The objective.
+        n_batches: Number of batches; None where they have to be counted.
+        n_images: Number of images; None where they have to be counted.
+        taps: The taps; None before they are looked up.
+        about: Further facts of the probe.
     """
     counts = f", {n_images:,} images" if n_images is not None else ""
     batches = count_text(n_batches, "batch", "batches") if n_batches is not None else "counted at the first pass"

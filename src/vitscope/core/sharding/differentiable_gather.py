@@ -21,11 +21,11 @@ class ShardLayout:
     """Place of a rank's shard in the whole weight: ranks hold equal numbers of rows in turn, the last ones fewer or none.
 
     Attributes:
-        shape: shape of the whole weight.
-        axis: axis along which it is cut.
-        rank: rank of this process in the group.
-        world: number of processes of the group.
-        group: the processes that hold shards; None for all.
+        shape: Shape of the whole weight.
+        axis: Axis along which it is cut.
+        rank: Rank of this process in the group.
+        world: Number of processes of the group.
+        group: The processes that hold shards; None for all.
     """
 
     shape: torch.Size
@@ -58,8 +58,8 @@ def gather(shard: Tensor, layout: ShardLayout) -> Tensor:
     """Return the whole weight from the shards of all ranks; differentiable any number of times.
 
     Args:
-        shard: this rank's rows, ``(n_rows, ...)`` along the axis of the layout.
-        layout: place of the shard in the whole weight.
+        shard: This rank's rows, ``(n_rows, ...)`` along the axis of the layout.
+        layout: Place of the shard in the whole weight.
     """
     return _Gather.apply(shard, layout)
 

@@ -30,7 +30,7 @@ class LocalShard(nn.Parameter):
     """This rank's rows of a sharded parameter, as a leaf of the graph that shares their memory.
 
     Attributes:
-        layout_of_whole: place of the rows in the whole parameter.
+        layout_of_whole: Place of the rows in the whole parameter.
     """
 
     layout_of_whole: ShardLayout
@@ -67,11 +67,11 @@ def plain_weights(model: nn.Module, *, keeps_shards: bool = False) -> Iterator[N
     Whole weights are copies. Any other model is left alone.
 
     Args:
-        model: the model; all ranks enter together.
-        keeps_shards: gather weights where modules read them, in place of once: ``named_parameters`` then gives `LocalShard`s.
+        model: The model; all ranks enter together.
+        keeps_shards: Gather weights where modules read them, in place of once: ``named_parameters`` then gives `LocalShard`s.
 
     Raises:
-        ValueError: a layout other than shards along one axis over all ranks.
+        ValueError: A layout other than shards along one axis over all ranks.
     """
     if not is_sharded(model):
         yield
@@ -158,7 +158,7 @@ def _local_shard(name: str, p: Any) -> nn.Parameter:
     """Return this rank's rows of a sharded parameter, which share its memory; a replicated one as it is.
 
     Raises:
-        ValueError: shards of another layout than equal numbers of rows along one axis over all ranks.
+        ValueError: Shards of another layout than equal numbers of rows along one axis over all ranks.
     """
     mesh, (placement, *others) = p.device_mesh, p.placements
     if others or not (placement.is_shard() or placement.is_replicate()) or mesh.size() != distributed.world_size():

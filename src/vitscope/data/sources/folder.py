@@ -91,7 +91,7 @@ def class_names(root: str | Path | None, classes: str | Sequence[str] | None = N
 
     Args:
         root: The folder.
-        classes: As of `load`.
+        classes: That of `load`.
 
     Raises:
         ConfigError: No root, or unknown classes.
@@ -170,9 +170,9 @@ def _images(
 
     Args:
         folder: Holds class folders.
-        root: For errors.
+        root: The folder that errors name.
         names: The classes of all splits.
-        classes: As configured, for errors.
+        classes: The configured classes, which errors name.
         complete: Whether a class without an image is an error; otherwise it is a notice.
     """
     present = class_folders(folder, root)

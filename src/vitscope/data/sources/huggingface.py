@@ -42,7 +42,7 @@ class TableImages(FileImages):
         labels: Class of each image, int64 `(N,)`.
         class_names: Name of each class.
         table: A `datasets.Dataset` whose images are not decoded.
-        column: Its column of images.
+        column: The table's column of images.
         rows: Row of each image, `(N,)`.
     """
 
@@ -144,11 +144,11 @@ def class_names(
     """Return the names of the classes, in the order of their labels.
 
     Args:
-        name: As of `load`.
-        root: As of `load`.
-        subset: As of `load`.
-        version: As of `load`.
-        label_column: As of `load`.
+        name: That of `load`.
+        root: That of `load`.
+        subset: That of `load`.
+        version: That of `load`.
+        label_column: That of `load`.
 
     Raises:
         ConfigError: `datasets` is not installed, or there is no column of classes.

@@ -32,13 +32,13 @@ def apgd(
     too few steps raised the loss or where neither step size nor best loss changed since the last checkpoint.
 
     Args:
-        forward: pixels to logits.
+        forward: Pixels to logits.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: set of allowed images.
-        loss: loss that the attack raises.
-        iterations: steps.
-        generators: each image's, for the start.
+        ball: Set of allowed images.
+        loss: Loss that the attack raises.
+        iterations: Steps.
+        generators: Each image's, for the start.
     """
     change = _start(ball, pixels, generators)
     worst, gradient, value = evaluated(forward, pixels, change, labels, loss)

@@ -25,7 +25,7 @@ class Ball:
 
     Attributes:
         norm: ``linf`` (every value) or ``l2`` (an image as one vector).
-        radius: radius of the ball, in pixels of [0, 1].
+        radius: Radius of the ball, in pixels of [0, 1].
     """
 
     norm: str
@@ -136,14 +136,14 @@ def pgd(
     The worst point on the way is kept, the image as it is included.
 
     Args:
-        forward: pixels to logits.
+        forward: Pixels to logits.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: set of allowed images.
-        loss: function from logits and labels to the loss that is raised.
-        steps: number of steps at each start.
-        step_size: length of a step, in pixels of [0, 1].
-        starts: random generators of the images, for each start.
+        ball: Set of allowed images.
+        loss: Function from logits and labels to the loss that is raised.
+        steps: Number of steps at each start.
+        step_size: Length of a step, in pixels of [0, 1].
+        starts: Random generators of the images, for each start.
     """
     worst, _ = looked_at(forward, pixels, torch.zeros_like(pixels), labels, loss)
     for generators in starts:
@@ -162,7 +162,7 @@ def evaluated(
     """Return what the model makes of a change, the gradient of the loss with respect to it, and the loss ``(B,)``.
 
     Raises:
-        ValueError: the model's logits do not depend differentiably on the pixels.
+        ValueError: The model's logits do not depend differentiably on the pixels.
     """
     change = change.detach().requires_grad_()
     with torch.enable_grad():

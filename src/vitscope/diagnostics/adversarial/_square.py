@@ -32,12 +32,12 @@ def square(
     Images whose class is wrong are not asked for again.
 
     Args:
-        forward: pixels to logits; never differentiated.
+        forward: Pixels to logits; never differentiated.
         pixels: ``(B, C, H, W)``.
         labels: ``(B,)``.
-        ball: set of allowed images.
-        queries: the most that an image is shown to the model.
-        generators: each image's.
+        ball: Set of allowed images.
+        queries: The most that an image is shown to the model.
+        generators: Each image's.
     """
     draws = [_Draws(rng, queries, pixels.shape[1:]) for rng in generators]
     best, margin = looked_at(forward, pixels, _initial(ball, pixels, draws), labels, carlini_wagner)

@@ -27,13 +27,13 @@ class Settings:
     """Strength of the attacks.
 
     Attributes:
-        loss: loss that FGSM and PGD raise, one of ``ce dlr cw``.
-        steps: number of steps of PGD at each start.
-        step_size: length of a step of PGD, as a multiple of the radius divided by ``steps``.
-        restarts: random starts of every attack but FGSM.
-        iterations: number of iterations of each run of APGD.
-        n_targets: classes that APGD-T tries, those of the largest logits of the clean image.
-        queries: number of queries of the Square Attack at each start.
+        loss: Loss that FGSM and PGD raise, one of ``ce dlr cw``.
+        steps: Number of steps of PGD at each start.
+        step_size: Length of a step of PGD, as a multiple of the radius divided by ``steps``.
+        restarts: Random starts of every attack but FGSM.
+        iterations: Number of iterations of each run of APGD.
+        n_targets: Classes that APGD-T tries, those of the largest logits of the clean image.
+        queries: Number of queries of the Square Attack at each start.
     """
 
     loss: str = "ce"
@@ -64,7 +64,7 @@ class Images:
         pixels: ``(B, C, H, W)`` in [0, 1].
         labels: ``(B,)``.
         places: ``(B,)`` each image's number among all images, which decides its draws.
-        seed: seed of all draws.
+        seed: Seed of all draws.
     """
 
     pixels: Tensor
@@ -87,11 +87,11 @@ def attacked(
     """Return the worst changes found, and how many images were still right after each member of the suite.
 
     Args:
-        attack: one of `ATTACKS`.
-        forward: pixels to logits.
-        images: images to attack.
-        ball: the allowed changes.
-        settings: loss, steps, restarts and queries of the attacks.
+        attack: One of `ATTACKS`.
+        forward: Pixels to logits.
+        images: Images to attack.
+        ball: The allowed changes.
+        settings: Loss, steps, restarts and queries of the attacks.
     """
     pixels, labels = images.pixels, images.labels
     if attack == "fgsm":

@@ -54,12 +54,12 @@ class AdversarialResult(Result, coordinates={"attack": ("attacks", "suite_attack
             blind; NaN for ``square``, which takes none.
         suite_attacks: (n_members,) the attacks that ``suite`` ran in their order, empty without it.
         suite_accuracy: (n_members, n_epsilons) accuracy left after each of them and those before it.
-        settings: loss, steps, starts and the like of each attack that ran, members of the suite included.
+        settings: Loss, steps, starts and the like of each attack that ran, members of the suite included.
         largest_change: (n_attacks, n_epsilons) the largest norm among the changes, gray levels; at most epsilon.
-        clean_accuracy: accuracy on the images as they are.
-        clean_nll: nats.
-        n_images: images attacked.
-        card: conditions of the measurement.
+        clean_accuracy: Accuracy on the images as they are.
+        clean_nll: Nats.
+        n_images: Images attacked.
+        card: Conditions of the measurement.
     """
 
     attacks: tuple[str, ...]
@@ -146,31 +146,31 @@ def adversarial(
     is large. Where a gradient is exactly zero all the same, the result and a warning say so.
 
     Args:
-        probe: model and images; soft targets count as their most probable class.
+        probe: Model and images; soft targets count as their most probable class.
         attacks: ``fgsm`` (Goodfellow et al. 2015); ``pgd`` (Madry et al. 2018); ``apgd_ce``, ``apgd_dlr``, ``apgd_cw``: Auto-PGD
             on a loss, ``apgd_t``: on the targeted DLR of several classes (Croce and Hein 2020); ``square``: random search
             without gradients (Andriushchenko et al. 2020); ``suite``: apgd_ce, apgd_t and square, each on the images that are
             left, which is AutoAttack's standard version without FAB-T.
-        epsilons: radii in gray levels.
+        epsilons: Radii in gray levels.
         norm: ``linf``: each value changes by at most epsilon; ``l2``: an image by at most epsilon as a vector.
-        loss: loss that FGSM and PGD raise: ``ce`` (cross entropy), ``dlr`` (difference of logits ratio), ``cw`` (Carlini and
+        loss: Loss that FGSM and PGD raise: ``ce`` (cross entropy), ``dlr`` (difference of logits ratio), ``cw`` (Carlini and
             Wagner's difference of logits).
-        steps: number of steps of PGD at each start.
-        step_size: length of a step of PGD, as a multiple of epsilon / steps.
-        restarts: random starts of every attack but FGSM; for ``apgd_t`` those of each target class.
-        iterations: number of iterations of APGD (AutoAttack's 100).
-        n_targets: target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
-        queries: number of queries of ``square`` (AutoAttack's 5000).
-        mean: the data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
-        std: likewise.
-        seed: seed of the starts; each image has its own draws.
-        partial: finished attacks, see `vitscope.core.weight_space`.
+        steps: Number of steps of PGD at each start.
+        step_size: Length of a step of PGD, as a multiple of epsilon / steps.
+        restarts: Random starts of every attack but FGSM; for ``apgd_t`` those of each target class.
+        iterations: Number of iterations of APGD (AutoAttack's 100).
+        n_targets: Target classes of ``apgd_t`` (AutoAttack's 9), at most all but the label.
+        queries: Number of queries of ``square`` (AutoAttack's 5000).
+        mean: The data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
+        std: Their standard deviations, likewise.
+        seed: Seed of the starts; each image has its own draws.
+        partial: Finished attacks, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown attack, norm or loss, a negative radius, no step, no start or no normalization; a model without
+        ValueError: An unknown attack, norm or loss, a negative radius, no step, no start or no normalization; a model without
             gradients and an attack that needs them; another loss than the cross entropy, or batches of more than images and
             targets.
-        NumericalError: logits or gradients that are not finite.
+        NumericalError: Logits or gradients that are not finite.
     """
     check_classes(probe, "adversarial")
     check_images(probe, "adversarial")

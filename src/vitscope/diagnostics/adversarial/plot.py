@@ -22,10 +22,10 @@ def adversarial(results: Mapping[str, AdversarialResult]) -> Figure:
     Whiskers are 95% intervals over images (`vitscope.stats.intervals.share_interval`). The suite is named by its members.
 
     Args:
-        results: one or more results by name, of one norm.
+        results: One or more results by name, of one norm.
 
     Raises:
-        ValueError: results of several norms.
+        ValueError: Results of several norms.
     """
     norms = sorted({result.norm for result in results.values()})
     if len(norms) > 1:

@@ -22,7 +22,7 @@ class Geometry:
             (n_windows, 1, Q, K), as a window that is wrapped around holds positions of opposite edges of the map.
         queries: (n_windows, Q) True for queries that lie in the map: no class token, no padding.
         keys: (n_windows, K) the same for keys.
-        uniform: mean over queries of the mean distance of the keys on the map, or in a window that is not shifted: what
+        uniform: Mean over queries of the mean distance of the keys on the map, or in a window that is not shifted: what
             equal weights would give.
     """
 
@@ -46,17 +46,17 @@ def geometry(
     """Return the places of queries and keys.
 
     Args:
-        n_queries: rows of one attention map.
-        n_keys: number of columns; those beyond the tokens (a padding key) have no place.
-        n_windows: attention maps an image; 1 without windows.
-        grid: rows and columns of the feature map.
-        window: rows and columns of a window; None for attention over the whole map.
-        n_prefix: tokens without a place in front.
-        image: height and width in pixels.
-        shift: rows and columns by which the map is rolled up and left before it is padded and cut into windows.
+        n_queries: Rows of one attention map.
+        n_keys: Number of columns; those beyond the tokens (a padding key) have no place.
+        n_windows: Attention maps an image; 1 without windows.
+        grid: Rows and columns of the feature map.
+        window: Rows and columns of a window; None for attention over the whole map.
+        n_prefix: Tokens without a place in front.
+        image: Height and width in pixels.
+        shift: Rows and columns by which the map is rolled up and left before it is padded and cut into windows.
 
     Raises:
-        ValueError: numbers that do not fit together.
+        ValueError: Numbers that do not fit together.
     """
     h, w = window if window is not None else grid
     prefix = n_prefix if window is None else 0
@@ -93,7 +93,7 @@ def geometry_of_tokens(unit: AttentionUnit) -> Geometry:
     Tokens without a place may stand anywhere, and keys may be of a coarser grid.
 
     Args:
-        unit: attention in one window, the whole map.
+        unit: Attention in one window, the whole map.
     """
     places = []
     for tokens, grid in ((unit.queries[0], unit.query_grid), (unit.keys[0], unit.key_grid)):

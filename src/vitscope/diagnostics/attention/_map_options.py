@@ -50,11 +50,11 @@ def chosen_layers(units: Sequence[AttentionUnit], layers: Sequence[int | str] | 
     """Return the places of the chosen layers in ``units``, by depth.
 
     Args:
-        units: all units whose attention can be read.
-        layers: names, or numbers from 0, negative ones from the end; None for all.
+        units: All units whose attention can be read.
+        layers: Names, or numbers from 0, negative ones from the end; None for all.
 
     Raises:
-        ValueError: one that is not there.
+        ValueError: One that is not there.
     """
     if layers is None or not units:
         return list(range(len(units)))
@@ -77,11 +77,11 @@ def chosen_heads(units: Sequence[AttentionUnit], heads: Sequence[int] | None) ->
     """Return the chosen heads of each unit.
 
     Args:
-        units: the chosen units.
-        heads: numbers from 0; None for all of each unit.
+        units: The chosen units.
+        heads: Numbers from 0; None for all of each unit.
 
     Raises:
-        ValueError: one that a unit does not have.
+        ValueError: One that a unit does not have.
     """
     if heads is None:
         return [list(range(unit.n_heads)) for unit in units]
@@ -98,7 +98,7 @@ def object_masks(probe: Probe, masks: Any) -> Tensor | None:
     """Return masks of objects (n_images, H, W) as booleans: those given, else those of the data set, None without either.
 
     Raises:
-        ValueError: masks of another form or number, or batches whose sizes do not tell the images of each apart.
+        ValueError: Masks of another form or number, or batches whose sizes do not tell the images of each apart.
     """
     masks = masks if masks is not None else probe.about.get("object_mask")
     if masks is None:

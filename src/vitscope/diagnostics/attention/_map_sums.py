@@ -33,15 +33,15 @@ class MapSums:
     """Sums over images for each chosen layer, and maps of the first ``n_shown`` images.
 
     Args:
-        units: all units whose attention can be read, by depth.
-        layers: places of the chosen ones in ``units``.
-        heads: chosen heads of each of them.
-        query: query that `resolved_query` returned.
-        mass: share of a map's mass that its mask holds.
-        n_shown: images whose maps are kept.
-        follows: whether the rollout is followed through all units.
+        units: All units whose attention can be read, by depth.
+        layers: Places of the chosen ones in ``units``.
+        heads: Chosen heads of each of them.
+        query: Query that `resolved_query` returned.
+        mass: Share of a map's mass that its mask holds.
+        n_shown: Images whose maps are kept.
+        follows: Whether the rollout is followed through all units.
         masks: (n_images, H, W) masks of the objects in the order of the images, or None.
-        batch_size: images of each batch but the last, which tells the images of a batch among the masks.
+        batch_size: Images of each batch but the last, which tells the images of a batch among the masks.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def where_finite(overlap: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Return overlaps (B, n, m), NaN for pairs of which a map is not finite: its mask is empty for want of numbers.
 
     Args:
-        overlap: intersections over unions of the maps' masks.
+        overlap: Intersections over unions of the maps' masks.
         one: (B, n) whether each map is finite.
         other: (B, m) the same of the second side.
     """

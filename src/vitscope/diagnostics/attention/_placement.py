@@ -31,7 +31,7 @@ def resolved_query(model: nn.Module, units: Sequence[AttentionUnit], query: Quer
     """Return the query that is drawn: ``auto`` is the class token where all units have it, else the mean.
 
     Raises:
-        ValueError: a class token that some unit does not have.
+        ValueError: A class token that some unit does not have.
     """
     has_class = any(isinstance(getattr(m, name, None), Tensor) for m in model.modules() for name in _CLASS_TOKENS)
     lacking = [unit.name for unit in units if not has_class or not len(unit.prefix_queries)]
@@ -49,11 +49,11 @@ def selection(unit: AttentionUnit, query: Query) -> Tensor:
     """Return the weights of a unit's queries (n_windows, n_queries), which sum to 1.
 
     Args:
-        unit: the unit and the positions of its tokens.
+        unit: The unit and the positions of its tokens.
         query: ``class`` for its class token, ``mean`` for all on the map alike, or row and column of a pixel of the image.
 
     Raises:
-        ValueError: a pixel outside of the image, or a unit without queries on the map.
+        ValueError: A pixel outside of the image, or a unit without queries on the map.
     """
     on_map = unit.queries[..., 0] >= 0
     shares = torch.zeros(on_map.shape, dtype=torch.float64)
@@ -82,7 +82,7 @@ def placed(weights: Tensor, unit: AttentionUnit, selected: Tensor) -> tuple[Tens
 
     Args:
         weights: (B * n_windows, heads, queries, keys).
-        unit: the unit and the positions of its tokens.
+        unit: The unit and the positions of its tokens.
         selected: (n_windows, queries) from `selection`.
     """
     windows = weights.unflatten(0, (-1, unit.n_windows))  # (B, n_windows, heads, queries, keys)

@@ -54,13 +54,13 @@ def relevance(model: nn.Module, x: Tensor, units: Sequence[AttentionUnit], class
     (Chefer et al. 2021, "Generic attention-model explainability", self-attention); y is the logit of the class.
 
     Args:
-        model: inside of a guard.
+        model: The model inside a guard.
         x: (B, C, H, W) images.
-        units: units of all layers by depth, whose tokens are the same.
-        class_index: the class; None for the class of the largest logit of each image.
+        units: Units of all layers by depth, whose tokens are the same.
+        class_index: The class; None for the class of the largest logit of each image.
 
     Raises:
-        UnknownClassError: a class that the model does not have.
+        UnknownClassError: A class that the model does not have.
     """
     sources: list[Tensor] = []
 

@@ -19,9 +19,9 @@ class Sums:
     """Distance, entropy and share off the map of each unit's heads, and the geometry of its attention.
 
     Args:
-        units: the units that are read.
-        shifts: rows and columns by which the windows of each are shifted.
-        traced_units: units whose tokens' positions a forward pass has shown, by name.
+        units: The units that are read.
+        shifts: Rows and columns by which the windows of each are shifted.
+        traced_units: Units whose tokens' positions a forward pass has shown, by name.
     """
 
     def __init__(

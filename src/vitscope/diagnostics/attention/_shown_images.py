@@ -32,7 +32,7 @@ class ShownImages:
         pixels: (n_shown, H, W, 3) 0 to 255.
         relevance: (n_shown, h, w) of the gradients for a class; None where it was not asked for or is refused.
         classes: (n_shown,) their class; empty without any.
-        refusal: why there is no relevance that was asked for.
+        refusal: Why there is no relevance that was asked for.
     """
 
     pixels: np.ndarray

@@ -44,8 +44,8 @@ class AttentionDistanceResult(Result, coordinates={"unit": "units", "stage": "st
         entropy_half_width: (n_units, n_heads) likewise.
         off_map: (n_units, n_heads) one array per unit: share of attention on keys without a place (class tokens, padding).
         uniform_distance: (n_units,) pixels that equal weights over the map, or over windows that are not shifted, would give.
-        n_images: images used.
-        card: conditions of the measurement.
+        n_images: Images used.
+        card: Conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -141,11 +141,11 @@ def attention_distance(probe: Probe, *, units: Sequence[Unit] | None = None) -> 
     computes attention several times an image has no one map: it is left out with a warning.
 
     Args:
-        probe: model and images.
-        units: the residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
+        probe: Model and images.
+        units: The residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
 
     Raises:
-        ValueError: no attention whose weights can be read.
+        ValueError: No attention whose weights can be read.
     """
     units = _attending_units(probe, units)
     sums = _read(probe, units)

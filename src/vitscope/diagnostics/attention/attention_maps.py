@@ -74,10 +74,10 @@ class AttentionMapsResult(
         layer_iou_half_width: (n_layers, n_other_layers) likewise.
         mask_iou: (n_layers, n_chosen_heads) of each head's mask with that of the object; NaN without masks.
         mask_iou_half_width: (n_layers, n_chosen_heads) likewise.
-        mass: share of a map's attention that its mask holds.
+        mass: Share of a map's attention that its mask holds.
         images: (n_shown, height, width, 3) the images, 0 to 255.
-        n_images: images of the means.
-        card: conditions of the measurement.
+        n_images: Images of the means.
+        card: Conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -176,20 +176,20 @@ def attention_maps(
     docs/diagnostics/attention_maps.md says how the numbers are read.
 
     Args:
-        probe: model and images.
-        images: number of images (the first of the probe) whose maps are kept; means are over all images.
+        probe: Model and images.
+        images: Number of images (the first of the probe) whose maps are kept; means are over all images.
         query: ``class`` for the class token, ``mean`` for the mean over queries on the map, or row and column of a pixel, whose
             position is the query. ``auto`` is the class token where every layer has one, else the mean.
-        layers: units by name or by number from 0, negative ones from the end, taken by depth; None for all that can be read.
-        heads: numbers of heads from 0, taken once each in ascending order; None for all. Rollouts use all heads.
-        mass: share of a map's attention that its mask holds.
-        gradient: whether to follow gradients for a class, which takes a backward pass of the first images.
-        class_index: the class of the gradients; None for the model's own decision on each image.
+        layers: Units by name or by number from 0, negative ones from the end, taken by depth; None for all that can be read.
+        heads: Numbers of heads from 0, taken once each in ascending order; None for all. Rollouts use all heads.
+        mass: Share of a map's attention that its mask holds.
+        gradient: Whether to follow gradients for a class, which takes a backward pass of the first images.
+        class_index: The class of the gradients; None for the model's own decision on each image.
         masks: (n_images, H, W) boolean masks of the objects in the order of the probe's images, an array or a tensor;
             ``probe.about["object_mask"]`` by default, which data sets with masks supply (``shapes``).
 
     Raises:
-        ValueError: residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
+        ValueError: Residual units that are not known, an unknown layer or head, a class token that is not there, a pixel
             outside of the image, a class that the model does not have, or masks of other images.
     """
     sums = _Sums(probe, MapOptions(images, query, layers, heads, mass, gradient, class_index), masks)

@@ -22,7 +22,7 @@ def attention_distance(results: Mapping[str, AttentionDistanceResult]) -> Figure
     Dotted lines are the distance that equal weights over the map (or window) would give.
 
     Args:
-        results: one or more results by name.
+        results: One or more results by name.
     """
     canvas = new_canvas(COLUMN_WIDTH, 3.8)
     upper, lower = canvas.grid(2, 1, sharex=True)[:, 0]

@@ -51,12 +51,12 @@ def attention_maps(
     differ.
 
     Args:
-        results: one or more results by name, of the same images.
+        results: One or more results by name, of the same images.
         view: ``maps``, ``numbers`` or ``both``.
-        head: the head of the maps; None for the mean over heads.
+        head: The head of the maps; None for the mean over heads.
 
     Raises:
-        ValueError: an unknown view, a head that a drawn layer does not have, or no kept images.
+        ValueError: An unknown view, a head that a drawn layer does not have, or no kept images.
     """
     if view not in ("both", "maps", "numbers"):
         raise ValueError(f"Expected view to be 'both', 'maps' or 'numbers', received {view!r}.")

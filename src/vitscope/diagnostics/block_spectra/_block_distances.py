@@ -29,7 +29,7 @@ class BlockDistances:
     Attributes:
         grid: (n_grid,) eigenvalues, equally spaced along the axis.
         density: (n_blocks, n_grid).
-        sigma: width of the Gaussian.
+        sigma: Width of the Gaussian.
         distance: (n_blocks, n_blocks).
         low: (n_blocks, n_blocks) of the bootstrap interval.
         high: (n_blocks, n_blocks).
@@ -65,13 +65,13 @@ def block_distances(
         weights: (n_blocks, n_vectors, n_steps).
         scale: ``none`` or ``largest``.
         axis: ``linear`` or ``symlog``.
-        n_grid: points of the grid.
-        sigma: width of the Gaussian; None for a hundredth of the nodes' range.
-        n_resamples: bootstrap resamples of the vectors.
-        seed: seed of the resamples.
+        n_grid: Points of the grid.
+        sigma: Width of the Gaussian; None for a hundredth of the nodes' range.
+        n_resamples: Bootstrap resamples of the vectors.
+        seed: Seed of the resamples.
 
     Raises:
-        ValueError: a grid too coarse for ``sigma``.
+        ValueError: A grid too coarse for ``sigma``.
     """
     if scale == "largest":
         largest = np.nanmax(np.abs(nodes), axis=(1, 2), keepdims=True)

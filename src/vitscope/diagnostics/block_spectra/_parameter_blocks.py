@@ -22,13 +22,13 @@ def parameter_blocks(
     """Return each block's subset of the parameters, as ``parameters=`` takes it, by the block's name.
 
     Args:
-        probe: the model and its images.
-        blocks: kind of blocks, see `vitscope.hessian_block_densities`.
-        options: options of the operators, whose guard the parts of attention are read in.
+        probe: The model and its images.
+        blocks: Kind of blocks, see `vitscope.hessian_block_densities`.
+        options: Options of the operators, whose guard the parts of attention are read in.
 
     Raises:
-        ValueError: an unknown division.
-        StructureError: units or kinds that are not known.
+        ValueError: An unknown division.
+        StructureError: Units or kinds that are not known.
     """
     if isinstance(blocks, Mapping):
         return {str(name): _subset(subset) for name, subset in blocks.items()}
@@ -63,8 +63,8 @@ def n_uncovered(sizes: Mapping[str, int], blocks: Sequence[Mapping[str, int]]) -
     """Return the number of trainable parameters in no block; blocks may overlap.
 
     Args:
-        sizes: numbers of entries of all trainable parameters, by name.
-        blocks: sizes by name in each block; rows of a parameter are ``name[part]``.
+        sizes: Numbers of entries of all trainable parameters, by name.
+        blocks: Sizes by name in each block; rows of a parameter are ``name[part]``.
     """
     covered = {name: size for block in blocks for name, size in block.items()}
     rest = dict(sizes)
@@ -78,8 +78,8 @@ def kinds_of_blocks(probe: Probe, names: Sequence[Collection[str]]) -> tuple[str
     """Return the kind that most parameters of each block have; empty texts for a model whose units are not known.
 
     Args:
-        probe: the model and its images.
-        names: names of each block's parameters; rows of one are ``name[part]``.
+        probe: The model and its images.
+        names: Names of each block's parameters; rows of one are ``name[part]``.
     """
     sizes = {name: p.numel() for name, p in probe.model.named_parameters()}
     blocks = [[name if name in sizes else name.rpartition("[")[0] for name in block] for block in names]

@@ -66,7 +66,7 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
             along the axis.
         density: (n_blocks, n_grid) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1 along
             the axis: per unit of eigenvalue, or per decade.
-        sigma: the Gaussian's standard deviation, in units of the axis.
+        sigma: The Gaussian's standard deviation, in units of the axis.
         js_distance: (n_blocks, n_blocks) root of the Jensen-Shannon divergence of two densities, in nats: 0 for equal
             ones, ``sqrt(log 2) = 0.833`` for disjoint ones.
         js_distance_low: (n_blocks, n_blocks) lower end of the 95 % bootstrap interval over probe vectors, widened for few of
@@ -74,16 +74,16 @@ class HessianBlockDensitiesResult(Result, coordinates={"block": "blocks", "other
         js_distance_high: (n_blocks, n_blocks) upper end.
         js_noise: (n_blocks,) distance between the densities of the two halves of a block's vectors: what estimates of equal
             spectra differ by, with half of the vectors; NaN for one vector.
-        mean_js: mean distance over all pairs of blocks.
+        mean_js: Mean distance over all pairs of blocks.
         mean_js_interval: (2,) its 95 % bootstrap interval; NaN for one vector.
         trace: (n_blocks,) Hutchinson's estimate, from the same products.
         trace_half_width: (n_blocks,) half its 95 % t-interval over vectors; NaN with fewer than 20 vectors.
         largest: (n_blocks,) largest node of all vectors; the largest eigenvalue is at least that minus rounding.
         largest_residual: (n_blocks,) its residual: an eigenvalue lies within.
         smallest: (n_blocks,) smallest node of all vectors; the smallest eigenvalue is at most that.
-        n_uncovered: number of trainable parameters that belong to no block.
-        n_products: products with the blocks' operators.
-        card: conditions of the measurement; ``parameters`` is ``by layer`` and so on.
+        n_uncovered: Number of trainable parameters that belong to no block.
+        n_products: Products with the blocks' operators.
+        card: Conditions of the measurement; ``parameters`` is ``by layer`` and so on.
     """
 
     blocks: tuple[str, ...]
@@ -171,27 +171,27 @@ def hessian_block_densities(
     logarithm, of their densities on one grid. A finite number of vectors makes it larger than it is, see ``js_noise``.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
+        probe: The model, batches and objective; batches are split over ranks.
         blocks: ``layer``, a block for each weight matrix or kernel with its bias; ``unit``, for each residual unit; ``kind``,
             ``stage`` or ``part`` (q, k, v, ...); or a list of subsets as ``parameters=`` takes them
             (``[kind:msa, layer:blocks.3.attn]``), or a mapping of names to such subsets.
-        n_vectors: probe vectors of each block.
+        n_vectors: Probe vectors of each block.
         n_steps: Lanczos steps of each, at most the number of the block's parameters.
-        n_grid: points of the densities.
-        sigma: width of the smoothing Gaussian along the axis; None for a hundredth of the range of all nodes.
+        n_grid: Points of the densities.
+        sigma: Width of the smoothing Gaussian along the axis; None for a hundredth of the range of all nodes.
         scale: ``none``, or ``largest``: eigenvalues over the largest magnitude among the block's nodes, which compares the shapes
             of spectra and not their sizes.
         axis: ``linear``, on which distances are made by outliers and by blocks that reach as far as the smoothing, or ``symlog``,
             signed decades above a millionth of the largest magnitude, on which spectra of another size do not overlap.
-        n_resamples: bootstrap resamples of the vectors.
-        partial: rows of vectors already done, by ``block-<number>-vector-<number>``.
+        n_resamples: Bootstrap resamples of the vectors.
+        partial: Rows of vectors already done, by ``block-<number>-vector-<number>``.
         curvature: ``operator``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: unknown blocks, fewer than two blocks, an unknown ``scale`` or ``axis``; and as `spectral_density`.
+        ValueError: Unknown blocks, fewer than two blocks, an unknown ``scale`` or ``axis``; and as `spectral_density`.
         StructureError: ``unit`` or ``kind`` for a model whose units are not known.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: Zhang et al., Why Transformers Need Adam (NeurIPS 2024), who compare blocks so at initialization (``JS^0``);
     docs/definitions.md section 2.

@@ -28,9 +28,9 @@ def hessian_block_densities(
     """Draw the distance of each pair of blocks above each block's largest eigenvalue and trace; a column a result.
 
     Args:
-        results: results by name.
-        vmax: distance of the brightest color; None for the largest distance of all results.
-        cmap: name of the color map.
+        results: Results by name.
+        vmax: Distance of the brightest color; None for the largest distance of all results.
+        cmap: Name of the color map.
     """
     n = len(results)
     canvas = new_canvas(COLUMN_WIDTH * n if n > 1 else 1.15 * COLUMN_WIDTH, 5.4)

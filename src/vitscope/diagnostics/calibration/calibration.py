@@ -33,18 +33,18 @@ class CalibrationResult(Result):
     """Calibration of the most probable class; every mean is over images, intervals are of 95 % over images.
 
     Attributes:
-        accuracy: share of images that are classified rightly.
-        nll: mean of -log p(label), nats; no label smoothing, whatever the objective.
-        brier: mean of the squared distance between the probabilities and the one-hot label, in [0, 2].
-        ece: expected calibration error over ``n_bins`` intervals of equal width, as it is usually reported: biased upwards, by
+        accuracy: Share of images that are classified rightly.
+        nll: Mean of -log p(label), nats; no label smoothing, whatever the objective.
+        brier: Mean of the squared distance between the probabilities and the one-hot label, in [0, 2].
+        ece: Expected calibration error over ``n_bins`` intervals of equal width, as it is usually reported: biased upwards, by
             the most for a calibrated model and few images.
-        ece_debiased: the calibration error without that bias; 0 where the error is no larger than a calibrated model's would be.
-        adaptive_ece: the calibration error over ``n_bins`` intervals that hold equally many images, equal confidences in one.
-        signed_error: mean confidence minus accuracy: above 0 for an over-confident model.
-        cutoff: the confidence above which a prediction counts as confident.
-        confident_accuracy: accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
-        confident_frequency: share of confident predictions (Freq-90).
-        unconfidence: share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
+        ece_debiased: The calibration error without that bias; 0 where the error is no larger than a calibrated model's would be.
+        adaptive_ece: The calibration error over ``n_bins`` intervals that hold equally many images, equal confidences in one.
+        signed_error: Mean confidence minus accuracy: above 0 for an over-confident model.
+        cutoff: The confidence above which a prediction counts as confident.
+        confident_accuracy: Accuracy among confident predictions (Acc-90 at the default cutoff); None without any.
+        confident_frequency: Share of confident predictions (Freq-90).
+        unconfidence: Share of unconfident predictions among wrong ones (Unc-90); None without a wrong one.
         intervals: ``accuracy_lower``, ``accuracy_upper`` and so on. Of accuracy that of
             `vitscope.stats.intervals.share_interval`, of nll and brier Student's, NaN with fewer than 128 images or
             10 wrong answers. That of ``ece`` is for the error without its bias: it holds 0 for 95 of 100 calibrated models, and
@@ -55,18 +55,18 @@ class CalibrationResult(Result):
         bin_count: (n_bins,) images in each.
         bin_confidence: (n_bins,) mean confidence, 0 in an empty bin.
         bin_accuracy: (n_bins,) accuracy, 0 in an empty bin.
-        temperature: fitted on the validation images; None without them, as all that follows.
-        scaled_nll: the nll with logits divided by the temperature; likewise the other ``scaled_`` values.
-        scaled_brier: as ``brier``, after scaling.
-        scaled_ece: as ``ece``, after scaling.
-        scaled_ece_debiased: as ``ece_debiased``, after scaling.
-        scaled_adaptive_ece: as ``adaptive_ece``, after scaling.
+        temperature: Fitted on the validation images; None without them, as all that follows.
+        scaled_nll: The nll with logits divided by the temperature; likewise the other ``scaled_`` values.
+        scaled_brier: ``brier`` after scaling.
+        scaled_ece: ``ece`` after scaling.
+        scaled_ece_debiased: ``ece_debiased`` after scaling.
+        scaled_adaptive_ece: ``adaptive_ece`` after scaling.
         scaled_bin_count: (n_bins,), empty without a temperature.
         scaled_bin_confidence: (n_bins,), likewise.
         scaled_bin_accuracy: (n_bins,), likewise.
-        n_images: images measured.
-        n_validation: images with a label that the temperature was fitted on.
-        card: conditions of the measurement.
+        n_images: Images measured.
+        n_validation: Images with a label that the temperature was fitted on.
+        card: Conditions of the measurement.
     """
 
     accuracy: float
@@ -142,15 +142,15 @@ def calibration(
     """Measure calibration, and what is left of the error after temperature scaling.
 
     Args:
-        probe: the images to measure on. Soft targets count as their most probable class.
-        validation: images of neither training nor ``probe``, on which the temperature is fitted; no scaling without.
-        n_bins: number of confidence intervals (10 in Park and Kim).
+        probe: The images to measure on. Soft targets count as their most probable class.
+        validation: Images of neither training nor ``probe``, on which the temperature is fitted; no scaling without.
+        n_bins: Number of confidence intervals (10 in Park and Kim).
         binning: ``equal_width``, or ``official``: the released code's bins, which lose a confidence of exactly 1.
-        cutoff: confidence above which a prediction counts as confident.
-        seed: has no effect: the intervals take no draws.
+        cutoff: Confidence above which a prediction counts as confident.
+        seed: Has no effect: the intervals take no draws.
 
     Raises:
-        ValueError: an unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, no image
+        ValueError: An unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, no image
             with a label, or another loss than the cross entropy.
     """
     check_classes(probe, "calibration")

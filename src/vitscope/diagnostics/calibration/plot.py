@@ -19,8 +19,8 @@ def calibration(results: Mapping[str, CalibrationResult], *, show_scaled: bool =
     Below the diagonal a model is over-confident. Dashed lines are after temperature scaling.
 
     Args:
-        results: one or more results by name.
-        show_scaled: whether to draw the curve after temperature scaling where there is one.
+        results: One or more results by name.
+        show_scaled: Whether to draw the curve after temperature scaling where there is one.
     """
     canvas = new_canvas(COLUMN_WIDTH, 4.2)
     upper, lower = canvas.grid(2, 1, sharex=True, height_ratios=(3, 1))[:, 0]

@@ -17,10 +17,10 @@ class BatchHsic:
     """The HSIC of batches: small matrices, whose number grows with the batches.
 
     Args:
-        n_first: taps of the first model, which come before those of a second one.
-        between: whether there is a second model.
-        n_permutations: number of permutations of each batch.
-        seed: seed of the permutations.
+        n_first: Taps of the first model, which come before those of a second one.
+        between: Whether there is a second model.
+        n_permutations: Number of permutations of each batch.
+        seed: Seed of the permutations.
     """
 
     def __init__(self, n_first: int, between: bool, n_permutations: int, seed: int) -> None:
@@ -52,7 +52,7 @@ class BatchHsic:
         The half width is the 95 % t-interval of the jackknife over batches; NaN with one batch.
 
         Raises:
-            ValueError: no batch of four images.
+            ValueError: No batch of four images.
         """
         parts = sorted(
             (part for share in distributed.gather_objects(self._parts) for part in share), key=lambda p: p[0]

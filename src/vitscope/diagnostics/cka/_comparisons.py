@@ -39,7 +39,7 @@ class Comparison(Protocol):
         """Return the similarity of every pair without the images of each group, ``(G, S, T)``.
 
         Args:
-            pair: the representations.
+            pair: The representations.
             groups: (n,) the group of each image, from 0 to G - 1.
         """
         ...
@@ -52,7 +52,7 @@ class Pair:
     Attributes:
         first: (S) of the first model.
         second: (T) of the second model.
-        within: whether both are the same, so that (i, j) and (j, i) have the same distribution.
+        within: Whether both are the same, so that (i, j) and (j, i) have the same distribution.
     """
 
     first: Sequence[Representation]

@@ -49,7 +49,7 @@ def hsic(grams: Tensor, others: Tensor) -> Tensor:
     ``[tr(KL) + sum(K) sum(L) / ((n-1)(n-2)) - 2/(n-2) 1'KL1] / (n (n-3))``.
 
     Raises:
-        ValueError: fewer than four images.
+        ValueError: Fewer than four images.
     """
     n = grams.shape[-1]
     if n < MIN_IMAGES:

@@ -22,7 +22,7 @@ def image_relation(first: Tensor, second: Tensor) -> str:
     thumbnail must be more correlated with its counterpart's than with any other image's.
 
     Raises:
-        ValueError: the images differ, or come in another order.
+        ValueError: The images differ, or come in another order.
     """
     if first.shape == second.shape and torch.equal(first.cpu(), second.cpu()):
         return "equal"

@@ -28,7 +28,7 @@ def check_choice(measure: str | Sequence[str], features: str | None) -> None:
     """Check two arguments of `vitscope.similarity`.
 
     Raises:
-        ValueError: an unknown measure, none, one twice, or an unknown kind of features.
+        ValueError: An unknown measure, none, one twice, or an unknown kind of features.
     """
     measures = measure_names(measure)
     names = ", ".join(DEFAULT_FEATURES)

@@ -19,10 +19,10 @@ def undefined_taps(
     """Return why taps are null in all measures or in some of them, by the entries that are null.
 
     Args:
-        measures: names of the measures.
+        measures: Names of the measures.
         similarities: ``(n_measures, n_taps, n_other_taps)``.
-        sides: taps of the rows and of the columns.
-        other_reasons: further reasons by the name of a tap; such taps are left out.
+        sides: Taps of the rows and of the columns.
+        other_reasons: Further reasons by the name of a tap; such taps are left out.
     """
     reasons: dict[str, str] = {}
     finite = np.isfinite(similarities)

@@ -46,9 +46,9 @@ class FeatureStore:
     """The features of this rank's images, batch by batch.
 
     Args:
-        names: names of the taps.
-        n_images: number of images on all ranks.
-        max_memory: bytes that features and Gram matrices of all images may take; None: a quarter of what is free.
+        names: Names of the taps.
+        n_images: Number of images on all ranks.
+        max_memory: Bytes that features and Gram matrices of all images may take; None: a quarter of what is free.
     """
 
     def __init__(self, names: Sequence[str], n_images: int, max_memory: float | None) -> None:
@@ -59,7 +59,7 @@ class FeatureStore:
         """Keep the features ``(B, D)`` of a batch at every tap.
 
         Raises:
-            ValueError: those of all images would not fit into memory.
+            ValueError: Those of all images would not fit into memory.
         """
         if not self._batches:
             self._check_memory(features)
@@ -126,7 +126,7 @@ def check_reached(features: dict[int, Tensor], taps: Sequence[Tap]) -> list[Tens
     """Return the features of every tap in order.
 
     Raises:
-        ValueError: a tap that the forward pass did not reach.
+        ValueError: A tap that the forward pass did not reach.
     """
     for index, tap in enumerate(taps):
         if index not in features:

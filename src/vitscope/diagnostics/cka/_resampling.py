@@ -23,12 +23,12 @@ def resampled(
     """Return the similarity ``(S, T)``, those without a group ``(G or 0, S, T)`` and those of permuted images ``(P, S, T)``.
 
     Args:
-        comparison: the measure, which compares a pair of representations.
-        pair: representations of the same images.
+        comparison: The measure, which compares a pair of representations.
+        pair: Representations of the same images.
         n_permutations: P, orders drawn for the second's images.
-        seed: seed of the draws.
-        intervals: whether groups are left out.
-        description: shown beside the progress.
+        seed: Seed of the draws.
+        intervals: Whether groups are left out.
+        description: The text beside the progress.
     """
     with single_thread():
         return _resampled(comparison, pair, n_permutations, seed, intervals, description)

@@ -44,7 +44,7 @@ def through_both(probe: Probe, other: Probe, sums: PairAccumulator, measure: str
     """Make a forward pass of each model over this rank's batches, the second's taps numbered after the first's.
 
     Raises:
-        ValueError: images or targets that differ between the probes or come in another order, on every rank.
+        ValueError: Images or targets that differ between the probes or come in another order, on every rank.
     """
     with distributed.failing_together():
         _read_batches(probe, other, sums, measure)

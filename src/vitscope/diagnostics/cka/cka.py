@@ -48,14 +48,14 @@ class CKAResult(
         similarity: (n_taps, n_other_taps); NaN where a representation does not vary or is not finite.
         standard_error: (n_taps, n_other_taps) jackknife over batches, whose square is right on average (up to 20 %
             too large for few small batches); NaN with a single batch.
-        block_structure: mean similarity of pairs of taps within a stage minus that of pairs across stages, at each distance in
+        block_structure: Mean similarity of pairs of taps within a stage minus that of pairs across stages, at each distance in
             taps, averaged over distances with the smaller of the two numbers of pairs as weight; None between two models, and
             where all blocks are in one stage.
-        block_structure_p: one-sided p-value, the measured value counted, under stage boundaries drawn at random among all
+        block_structure_p: One-sided p-value, the measured value counted, under stage boundaries drawn at random among all
             places between two taps; None likewise, or without permutations.
-        n_images: images used.
-        n_batches: batches used.
-        card: conditions of the measurement.
+        n_images: Images used.
+        n_batches: Batches used.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -117,13 +117,13 @@ def cka(
     weighted by their images. Source: Nguyen et al. (2021), section 3; docs/definitions.md section 7.
 
     Args:
-        probe: model, images and taps; at least four images a batch.
-        other: a second model with the same images in the same batches (each with its own normalization).
-        n_permutations: stage boundaries drawn for the null of the block structure; 0 leaves the p-value out.
-        seed: seed of the drawn stage boundaries.
+        probe: Model, images and taps; at least four images a batch.
+        other: A second model with the same images in the same batches (each with its own normalization).
+        n_permutations: Stage boundaries drawn for the null of the block structure; 0 leaves the p-value out.
+        seed: Seed of the drawn stage boundaries.
 
     Raises:
-        ValueError: a probe without taps, no batch of four images, images or targets that differ between the probes or come in
+        ValueError: A probe without taps, no batch of four images, images or targets that differ between the probes or come in
             another order, or a tap that was not reached.
     """
     for each in (probe, other or probe):

@@ -21,10 +21,10 @@ def cka(results: Mapping[str, CKAResult], *, vmin: float = 0.0, vmax: float = 1.
     Layers whose similarity is null are gray.
 
     Args:
-        results: one panel each, by name.
-        vmin: similarity of the darkest color.
-        vmax: similarity of the brightest color.
-        cmap: name of the color map.
+        results: One panel each, by name.
+        vmin: Similarity of the darkest color.
+        vmax: Similarity of the brightest color.
+        cmap: Name of the color map.
     """
     n = len(results)
     columns = min(n, 3)
@@ -72,10 +72,10 @@ def similarity(
     below 0, which is chance, has the color of 0.
 
     Args:
-        results: results by name.
-        minus_null: whether to draw the similarity minus its mean over permuted images.
-        vmax: similarity of the brightest color; None: 1, or the largest of a measure where it is below a half.
-        cmap: name of the color map.
+        results: Results by name.
+        minus_null: Whether to draw the similarity minus its mean over permuted images.
+        vmax: Similarity of the brightest color; None: 1, or the largest of a measure where it is below a half.
+        cmap: Name of the color map.
     """
     measures = list(dict.fromkeys(name for result in results.values() for name in result.measures))
     n = len(results)

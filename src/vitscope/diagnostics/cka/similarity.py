@@ -74,8 +74,8 @@ class SimilarityResult(Result, coordinates={"measure": "measures"} | TAP_COORDIN
         null_means: (n_measures, n_taps, n_other_taps) mean similarity with the second's images permuted.
         p_values: (n_measures, n_taps, n_other_taps) share of similarities of permuted images, the measured one counted, that
             are at least the measured one.
-        n_images: images used.
-        card: conditions of the measurement.
+        n_images: Images used.
+        card: Conditions of the measurement.
     """
 
     measures: tuple[str, ...]
@@ -104,7 +104,7 @@ class SimilarityResult(Result, coordinates={"measure": "measures"} | TAP_COORDIN
         """Return the similarity ``(n_taps, n_other_taps)`` by one of the measures.
 
         Raises:
-            ValueError: it was not measured.
+            ValueError: It was not measured.
         """
         if measure not in self.measures:
             raise ValueError(f"Expected one of {', '.join(self.measures)}, received {measure!r}.")
@@ -179,19 +179,19 @@ def similarity(
     (Barannikov et al. 2022) is not offered: no package on PyPI that is kept up computes it.
 
     Args:
-        probe: model, images and taps; at least four images.
-        other: a second model of any width and grid, with the same images in the same batches (see `vs.cka`).
-        measure: one of these names, or several, for which one forward pass is made.
+        probe: Model, images and taps; at least four images.
+        other: A second model of any width and grid, with the same images in the same batches (see `vs.cka`).
+        measure: One of these names, or several, for which one forward pass is made.
         features: ``pooled``: the mean over the positions of a map for each channel, which does not depend on the grid.
             ``flattened``: all positions and channels, of which there are mostly more than images. None: flattened for ``cka``,
             as in its source, else pooled.
-        n_neighbors: number of neighbors of ``mutual_knn``; 10 in Huh et al.
-        n_permutations: orders of the second's images drawn for the null; 20 is the smallest number for p-values below 0.05.
-        max_memory: bytes that the features of all images may take; None: a quarter of what is free.
-        seed: seed of the permutations.
+        n_neighbors: Number of neighbors of ``mutual_knn``; 10 in Huh et al.
+        n_permutations: Orders of the second's images drawn for the null; 20 is the smallest number for p-values below 0.05.
+        max_memory: Bytes that the features of all images may take; None: a quarter of what is free.
+        seed: Seed of the permutations.
 
     Raises:
-        ValueError: an unknown measure, a probe without taps, fewer than four images, not more images than neighbors and one,
+        ValueError: An unknown measure, a probe without taps, fewer than four images, not more images than neighbors and one,
             features that do not fit into memory, images or targets that differ between the probes, or a tap that was not reached.
     """
     for each in (probe, other or probe):

@@ -88,13 +88,13 @@ def class_gradients(
     An image costs a forward pass and ``n_classes`` backward passes.
 
     Args:
-        model: the guarded model.
-        batches: yields this rank's ``(x, y)`` on every call.
-        parameters: the parameters analyzed, by name.
-        n_classes: number of logits C.
-        n_images: images with a label on all ranks.
-        vectors: each returns a vector ``(size,)`` whose inner products are computed; called once for each group of classes.
-        max_memory: bytes for the vectors of the classes that are held at once, C for each; None for a quarter of what is free.
+        model: The guarded model.
+        batches: Yields this rank's ``(x, y)`` on every call.
+        parameters: The parameters analyzed, by name.
+        n_classes: Number of logits C.
+        n_images: Images with a label on all ranks.
+        vectors: Each returns a vector ``(size,)`` whose inner products are computed; called once for each group of classes.
+        max_memory: Bytes for the vectors of the classes that are held at once, C for each; None for a quarter of what is free.
     """
     tensors = list(parameters.values())
     like = tensors[0]
@@ -137,10 +137,10 @@ def _classes_at_once(class_bytes: int, n_classes: int, device: torch.device, max
     """Return how many classes are held at once: as many on every rank, which add them up together.
 
     Args:
-        class_bytes: bytes of the vectors of a class.
-        n_classes: number of classes.
-        device: of the vectors.
-        max_memory: bytes for all of them; None for a quarter of what is free on the rank that has least.
+        class_bytes: Bytes of the vectors of a class.
+        n_classes: Number of classes.
+        device: The device of the vectors.
+        max_memory: Bytes for all of them; None for a quarter of what is free on the rank that has least.
     """
     memory = min(distributed.gather_objects(free_bytes("device", device))) / 4 if max_memory is None else max_memory
     return int(min(max(1, memory // class_bytes), n_classes))

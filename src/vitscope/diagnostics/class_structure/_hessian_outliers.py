@@ -40,8 +40,8 @@ class HessianOutliers:
         l2: (k,) as ``l2`` of the result.
         count: Eigenvalues above the bulk.
         split_counts: The same count on each part of the images.
-        verdict: As that of the result.
-        reason: As ``verdict_reason`` of the result.
+        verdict: The verdict of the result.
+        reason: The ``verdict_reason`` of the result.
         size: Number of parameters.
         n_products: Number of products with H of all searches.
         card: Conditions of the measurement.

@@ -17,9 +17,9 @@ class OutlierCount:
     """The number of eigenvalues above the bulk.
 
     Attributes:
-        count: the number; 0 where no gap is wider than those of the bulk.
-        gap_ratio: ratio of the last outlier to the eigenvalue below it; NaN without an outlier.
-        p_value: probability of such a gap within a bulk, for all places tried; NaN without an outlier.
+        count: The number; 0 where no gap is wider than those of the bulk.
+        gap_ratio: Ratio of the last outlier to the eigenvalue below it; NaN without an outlier.
+        p_value: Probability of such a gap within a bulk, for all places tried; NaN without an outlier.
     """
 
     count: int

@@ -33,33 +33,33 @@ class HessianClassStructureResult(Result, coordinates={"part": "parts"}):
         eigenvalues: (k,) the largest of H, in descending order.
         residuals: (k,) norms of H v - lambda v.
         converged: (k,) whether the estimated error is within the tolerance.
-        n_outliers: eigenvalues of H above the bulk.
-        gap_ratio: ratio of the last outlier to the eigenvalue below it.
-        gap_p_value: probability of such a gap within a bulk, for all places tried.
+        n_outliers: Eigenvalues of H above the bulk.
+        gap_ratio: Ratio of the last outlier to the eigenvalue below it.
+        gap_p_value: Probability of such a gap within a bulk, for all places tried.
         n_outliers_of_splits: (n_splits,) the same count on disjoint parts of the images.
-        verdict: the number that the count matches: ``C - 1``, ``C``, ``C (C - 1)`` and ``C^2`` the count is, ``none``, or
+        verdict: The number that the count matches: ``C - 1``, ``C``, ``C (C - 1)`` and ``C^2`` the count is, ``none``, or
             ``undecided`` where parts of the images give other counts or there are no parts, where no gap stands out, or
             eigenvalues have not converged.
-        verdict_reason: why the verdict is ``undecided``; otherwise empty.
+        verdict_reason: Why the verdict is ``undecided``; otherwise empty.
         gauss_newton: (k,) v^T G v of each eigenvector of H.
         remainder: (k,) v^T (H - G) v without the L2 term.
         l2: (k,) v^T H_L2 v.
         parts: (n_parts,) names of the parts of G: ``class``, ``cross_class``, ``same_class`` and ``within``.
         part_values: (n_parts, k) v^T A v of each part A; they add up to ``gauss_newton``.
         part_traces: (n_parts,) traces of the parts; they add up to the trace of G.
-        within_standard_error: standard error of the trace of ``within``, the only one that is estimated.
+        within_standard_error: Standard error of the trace of ``within``, the only one that is estimated.
         part_shares: (n_parts,) shares of the trace of G.
         gradient_overlap: (k,) share of the squared gradient of the objective in the span of the first 1, 2, ... eigenvectors.
         ggn_eigenvalues: (k,) the largest of G, without the L2 term, in descending order.
         ggn_converged: (k,) as ``converged``.
-        ggn_n_outliers: eigenvalues of G above the bulk.
-        ggn_gap_ratio: as ``gap_ratio``, of G.
+        ggn_n_outliers: Eigenvalues of G above the bulk.
+        ggn_gap_ratio: ``gap_ratio`` of G.
         class_eigenvalues: (n_classes,) eigenvalues of the part ``class`` of G.
-        n_classes: number of logits C.
-        n_classes_present: classes that have images.
-        size: number of parameters.
-        n_products: products with H or G made.
-        card: conditions of the measurement.
+        n_classes: Number of logits C.
+        n_classes_present: Classes that have images.
+        size: Number of parameters.
+        n_products: Products with H or G made.
+        card: Conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -133,17 +133,17 @@ def hessian_class_structure(
     parts of the images, drawn at random; it is decided only where all agree.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        k: eigenvalues of H and of G; None for 2 C + 10, at most 100. At most k - 9 outliers can be counted: for those of
+        probe: The model, batches and objective; batches are split over ranks.
+        k: Eigenvalues of H and of G; None for 2 C + 10, at most 100. At most k - 9 outliers can be counted: for those of
             C (C - 1) pass as many.
-        n_splits: parts of the images on which the count is repeated; 0 for none, then it is not decided.
-        n_vectors: random vectors for the trace of ``within``.
+        n_splits: Parts of the images on which the count is repeated; 0 for none, then it is not decided.
+        n_vectors: Random vectors for the trace of ``within``.
         curvature: ``tol``, ``parameters``, ``dtype``, ``micro_batch``, ``max_products`` (of each search), ``max_memory``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: another loss than the cross entropy, one split, fewer images than splits; and as `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        ValueError: Another loss than the cross entropy, one split, fewer images than splits; and as `hessian_eigenvalues`.
+        NumericalError: A loss that is not finite.
 
     Example:
         ``vs.hessian_class_structure(probe).verdict`` is ``"C - 1"`` where C - 1 eigenvalues stand above the bulk.

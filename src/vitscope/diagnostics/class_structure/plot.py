@@ -28,7 +28,7 @@ def hessian_class_structure(results: Mapping[str, HessianClassStructureResult]) 
     A vertical line separates the eigenvalues above the bulk; it is dotted where their number is not decided.
 
     Args:
-        results: results by name.
+        results: Results by name.
     """
     n = len(results)
     canvas = new_canvas(2.05 * COLUMN_WIDTH, 0.75 + 2.1 * n)

@@ -42,9 +42,9 @@ class Folders:
     """``<type>/<severity>/<class>/<image>``, with or without a folder such as ``blur`` around the types.
 
     Attributes:
-        root: the folder that holds the types.
-        n_images: images a condition, spread evenly; None for all.
-        classes: the names that number the labels, the same for every type and severity.
+        root: The folder that holds the types.
+        n_images: Images a condition, spread evenly; None for all.
+        classes: The names that number the labels, the same for every type and severity.
     """
 
     root: Path
@@ -82,13 +82,13 @@ def archive(
     """Return the published data set at ``root``, its layout recognized.
 
     Args:
-        root: the folder that holds the types.
-        types: types of corruption to read; all of them must be there.
-        n_images: number of images of a condition, spread evenly over the data set; None for all.
-        classes: names of the class folders in the order of the model's outputs; sorted folder names without.
+        root: The folder that holds the types.
+        types: Types of corruption to read; all of them must be there.
+        n_images: Number of images of a condition, spread evenly over the data set; None for all.
+        classes: Names of the class folders in the order of the model's outputs; sorted folder names without.
 
     Raises:
-        DataError: no such folder, or types that are missing.
+        DataError: No such folder, or types that are missing.
     """
     root = Path(root).expanduser()
     if not root.is_dir():

@@ -45,13 +45,13 @@ def measured(
     """Return accuracy, nll, ece and each image's ``correct`` under every condition; ranks share out the conditions.
 
     Args:
-        probe: the model and the clean images.
-        conditions: pairs of type and severity.
-        label: tells the rows of several models apart in ``partial``.
-        source: a published data set; None makes the corruptions from the probe's images.
-        pixels: the model's normalization.
-        seed: seed of the corruptions that are generated.
-        partial: finished rows.
+        probe: The model and the clean images.
+        conditions: Pairs of type and severity.
+        label: Tells the rows of several models apart in ``partial``.
+        source: A published data set; None makes the corruptions from the probe's images.
+        pixels: The model's normalization.
+        seed: Seed of the corruptions that are generated.
+        partial: Finished rows.
     """
     with probe.guard() as model:
 
@@ -115,7 +115,7 @@ def type_names(types: str | Sequence[str]) -> tuple[str, ...]:
         types: ``common``, ``validation``, ``all``, a name or names.
 
     Raises:
-        ValueError: an unknown name, none, or one twice.
+        ValueError: An unknown name, none, or one twice.
     """
     names = SETS.get(types, (types,)) if isinstance(types, str) else tuple(types)
     unknown = [name for name in names if name not in SETS["all"]]

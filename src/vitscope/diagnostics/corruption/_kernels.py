@@ -30,9 +30,9 @@ def streak(radius: float, deviation: float, degrees: float) -> np.ndarray:
     """Return half a Gaussian along a line from the center, as a moving camera leaves it; sums to 1.
 
     Args:
-        radius: the line is ``2 * radius + 1`` pixels long.
-        deviation: standard deviation of the Gaussian, in pixels.
-        degrees: angle of the line, 0 to the right, counted downwards.
+        radius: The line is ``2 * radius + 1`` pixels long.
+        deviation: Standard deviation of the Gaussian, in pixels.
+        degrees: Angle of the line, 0 to the right, counted downwards.
     """
     along = np.arange(round(2 * radius) + 1)
     weight = np.exp(-0.5 * (along / max(deviation, 1e-6)) ** 2)

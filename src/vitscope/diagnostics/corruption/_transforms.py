@@ -28,13 +28,13 @@ def corrupted(image: Array, name: str, severity: int, rng: Generator) -> Array:
     """Return ``image (h, w, channels)`` in [0, 1] corrupted, rounded to 8 bits as the published data sets are.
 
     Args:
-        image: one or three channels; rounded to 8 bits first, as the published code reads files.
-        name: one of the fifteen common or four validation types.
+        image: One or three channels; rounded to 8 bits first, as the published code reads files.
+        name: One of the fifteen common or four validation types.
         severity: 1 to 5.
-        rng: the image's own generator; the same one gives the same draws at every severity.
+        rng: The image's own generator; the same one gives the same draws at every severity.
 
     Raises:
-        ValueError: an unknown type or severity, or an image that is empty, not finite or of other channels.
+        ValueError: An unknown type or severity, or an image that is empty, not finite or of other channels.
     """
     if name not in FUNCTIONS:
         raise ValueError(f"Expected a corruption among {', '.join(COMMON + VALIDATION)}, received {name!r}.")

@@ -43,24 +43,24 @@ class CorruptionResult(Result, coordinates={"type": "types", "severity": "severi
         accuracy: (n_types, n_severities).
         nll: (n_types, n_severities) nats.
         ece: (n_types, n_severities), ten equal-width bins.
-        clean_accuracy: accuracy on the probe's images.
-        clean_nll: nats.
-        clean_ece: expected calibration error on the probe's images.
-        mean_accuracy: over types and severities.
-        mean_accuracy_standard_error: over images: an image's conditions are averaged first, they are not independent. NaN where
-            all images agree, and for a single one.
-        baseline: network whose errors divide those measured; empty for none.
+        clean_accuracy: Accuracy on the probe's images.
+        clean_nll: Nats.
+        clean_ece: Expected calibration error on the probe's images.
+        mean_accuracy: The mean of the accuracies over types and severities.
+        mean_accuracy_standard_error: Standard error of this mean over images, after the mean over the conditions of each
+            image, which are not independent. NaN where all images agree, and for a single one.
+        baseline: Network whose errors divide those measured; empty for none.
         ce: (n_types,) corruption error in percent of the baseline's, NaN where it has none; empty without a baseline.
         relative_ce: (n_types,) likewise of the loss against clean images; NaN also where the baseline loses nothing.
-        mce: mean of ``ce``, percent; None without a baseline.
-        relative_mce: mean of ``relative_ce``, percent; None also where the baseline's clean error is not published.
+        mce: Mean of ``ce``, percent; None without a baseline.
+        relative_mce: Mean of ``relative_ce``, percent; None also where the baseline's clean error is not published.
         source: ``generated``, or the layout of the data set: ``arrays`` or ``folders``.
-        n_images: images a condition.
+        n_images: Images a condition.
         type_standard_error: (n_types,) of each type's accuracy, averaged over severities, over images like
             ``mean_accuracy_standard_error``. Empty in results of earlier versions.
         severity_standard_error: (n_severities,) of each severity's accuracy, averaged over the same types as all means.
-        clean_standard_error: standard error of the accuracy on the probe's images.
-        card: conditions of the measurement.
+        clean_standard_error: Standard error of the accuracy on the probe's images.
+        card: Conditions of the measurement.
     """
 
     types: tuple[str, ...]
@@ -147,23 +147,23 @@ def corruption(
     this package, not with the literature.
 
     Args:
-        probe: the model and the clean images.
-        root: a folder of CIFAR-10-C or CIFAR-100-C arrays, or of ImageNet-C folders.
+        probe: The model and the clean images.
+        root: A folder of CIFAR-10-C or CIFAR-100-C arrays, or of ImageNet-C folders.
         types: ``common`` (15), ``validation`` (4), ``all``, or names.
-        severities: severities to measure, from 1 to 5.
+        severities: Severities to measure, from 1 to 5.
         baseline: ``imagenet``, ``cifar10``, ``cifar100`` (AlexNet's published errors), ``none``, or ``auto``: the one of the
             probe's data where ``root`` is given.
-        other: a reference model to divide by instead, measured under the same conditions.
-        n_images: images a condition of a published data set, spread evenly; None for all.
-        mean: the data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
-        std: likewise.
-        seed: seed of the generated corruptions.
-        partial: finished conditions, see `vitscope.core.weight_space`.
+        other: A reference model to divide by instead, measured under the same conditions.
+        n_images: Images a condition of a published data set, spread evenly; None for all.
+        mean: The data's normalization; by default the probe's (see `vitscope.core.input_normalization`).
+        std: Their standard deviations, likewise.
+        seed: Seed of the generated corruptions.
+        partial: Finished conditions, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown type, severity or baseline, no normalization, another loss than the cross entropy, or
+        ValueError: An unknown type, severity or baseline, no normalization, another loss than the cross entropy, or
             batches of more than images and targets.
-        DataError: a data set that is missing or damaged.
+        DataError: A data set that is missing or damaged.
     """
     check_classes(probe, "corruption")
     check_images(probe, "corruption")

@@ -20,11 +20,11 @@ def corruption(results: Mapping[str, CorruptionResult], *, view: str = "both") -
     images, 1.96 standard errors: models that see the same images differ by less than they suggest.
 
     Args:
-        results: one or more results by name, of the same types.
+        results: One or more results by name, of the same types.
         view: ``both``, ``severity`` or ``type``.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: An unknown view.
     """
     if view not in ("both", "severity", "type"):
         raise ValueError(f"Expected view to be one of both, severity, type, received {view!r}.")

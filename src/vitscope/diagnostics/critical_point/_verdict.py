@@ -16,9 +16,9 @@ class Limits(NamedTuple):
     """Thresholds of the verdict.
 
     Attributes:
-        stationary: the share of the objective that counts.
-        flat: a Hessian without an eigenvalue beyond that, by magnitude, is zero.
-        unknown: an error of the smallest eigenvalue of at most that does not matter.
+        stationary: The share of the objective that counts.
+        flat: A Hessian without an eigenvalue beyond that, by magnitude, is zero.
+        unknown: An error of the smallest eigenvalue of at most that does not matter.
     """
 
     stationary: float
@@ -52,12 +52,12 @@ def judge(
     """Return the verdict that `critical_point` defines, and the reasons, one sentence each.
 
     Args:
-        rows: rows of growing parts of the data, the last one of all.
-        decrease: the share of the objective that a gradient step is predicted to gain.
-        drop: the share by which the slice falls.
-        limits: thresholds of the verdict.
-        norms: norms of the gradients under the three forms of the L2 term.
-        l2: the form in force.
+        rows: Rows of growing parts of the data, the last one of all.
+        decrease: The share of the objective that a gradient step is predicted to gain.
+        drop: The share by which the slice falls.
+        limits: Thresholds of the verdict.
+        norms: Norms of the gradients under the three forms of the L2 term.
+        l2: The form in force.
     """
     first, last = rows[0], rows[-1]
     low, residual, many = last["smallest_eigenvalue"], last["smallest_residual"], last["n_images"]

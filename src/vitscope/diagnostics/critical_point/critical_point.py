@@ -66,17 +66,17 @@ class CriticalPointResult(Result, coordinates={"images": "n_images", "distance":
         converged: (n_sizes,) whether both ends are within the tolerance.
         distance: (n_points,) along the unit eigenvector of the smallest eigenvalue on all images.
         slice_loss: (n_points,) the objective there.
-        gradient_norm_nll: norm of the loss's gradient on all images.
-        gradient_norm_half_sq: norm of the gradient of loss + wd/2 |w|^2, the probe's wd.
-        gradient_norm_adamw: norm of the gradient of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN
+        gradient_norm_nll: Norm of the loss's gradient on all images.
+        gradient_norm_half_sq: Norm of the gradient of loss + wd/2 |w|^2, the probe's wd.
+        gradient_norm_adamw: Norm of the gradient of loss + wd/2 sum (sqrt(v) + eps) w^2, which vanishes where AdamW rests; NaN
             where the optimizer's state is not at hand.
-        decrease: the share of the objective that one gradient step is predicted to gain: the smaller of |g|^2 / (2 |H|) and
+        decrease: The share of the objective that one gradient step is predicted to gain: the smaller of |g|^2 / (2 |H|) and
             |g| max(|w|, 1), over the objective.
-        slice_drop: depth to which the slice falls below its center, as a share of the objective; 0 where it does not fall by more
+        slice_drop: Depth to which the slice falls below its center, as a share of the objective; 0 where it does not fall by more
             than rounding.
         verdict: ``minimum``, ``saddle``, ``not stationary`` or ``inconclusive``, of the probe's objective.
-        reasons: why, one sentence each.
-        card: conditions of the measurement.
+        reasons: Why, one sentence each.
+        card: Conditions of the measurement.
     """
 
     n_images: np.ndarray
@@ -174,19 +174,19 @@ def critical_point(
       could fall by more than that share. *Inconclusive*: a smallest eigenvalue within its residual of zero otherwise.
 
     Args:
-        probe: the model, batches and the objective that was trained; batches are split over ranks.
-        stationary: the share above.
-        n_points: points of the slice, at least 3.
-        span: the slice goes from -span to span, in units of the step that the curvature predicts to change the objective by
+        probe: The model, batches and the objective that was trained; batches are split over ranks.
+        stationary: The share above.
+        n_points: Points of the slice, at least 3.
+        span: The slice goes from -span to span, in units of the step that the curvature predicts to change the objective by
             a tenth, sqrt(0.2 L / |lambda|); where lambda is within its residual of zero, with the residual in its place and
             no more than the weights' norm (1 where they are zero).
         curvature: ``tol`` (default 1e-2), ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``,
             ``max_memory``, ``basis``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: fewer than 3 points, fewer than 2 parameters, a span or share that is not positive, a negative
+        ValueError: Fewer than 3 points, fewer than 2 parameters, a span or share that is not positive, a negative
             objective; and as `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: docs/definitions.md sections 1 and 3: an AdamW solution is not stationary for cross entropy + wd/2 |w|^2.
     """
@@ -241,9 +241,9 @@ def _part(operators: Curvatures, n_batches: int, decide: bool) -> tuple[Row, Ten
     """Return gradient norm and both ends on the first batches, and the smallest eigenvalue's eigenvector.
 
     Args:
-        operators: the factory of operators.
-        n_batches: number of batches.
-        decide: search again, with a finer tolerance, where the smallest eigenvalue's sign is not known.
+        operators: The factory of operators.
+        n_batches: Number of batches.
+        decide: Search again, with a finer tolerance, where the smallest eigenvalue's sign is not known.
     """
 
     def batches() -> Iterator[tuple[int, Batch]]:

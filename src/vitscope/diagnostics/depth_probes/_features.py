@@ -30,10 +30,10 @@ class BatchFeatures:
     """Values that are kept of a batch: rows of its labeled images, float32 or the model's double precision.
 
     Attributes:
-        number: number of the batch.
+        number: Number of the batch.
         labels: (B,) classes.
         decisions: (B,) the model's classes; -1 where its logits are not finite.
-        digests: digests of the images.
+        digests: Digests of the images.
         pooled: (B, C) means over positions, by tap.
         class_tokens: (B, C) class tokens, by tap.
         lens: (B,) classes of the model's head, by tap.
@@ -56,7 +56,7 @@ class LabeledImages:
     Attributes:
         labels: (n,) classes.
         decisions: (n,) of the model.
-        digests: digests of the images.
+        digests: Digests of the images.
     """
 
     def __init__(self, local: Sequence[BatchFeatures]) -> None:
@@ -89,7 +89,7 @@ def collect(probe: Probe, taps: list[Tap], head: Head | None, max_memory: float 
     """Return the features of a probe's labeled images.
 
     Raises:
-        ValueError: on every rank: targets that are no class indices, no labeled image, features that do not fit into memory, or a
+        ValueError: On every rank: targets that are no class indices, no labeled image, features that do not fit into memory, or a
             tap that was not reached.
     """
     parts: list[BatchFeatures] = []

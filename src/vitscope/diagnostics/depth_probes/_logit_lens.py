@@ -27,11 +27,11 @@ class Head:
     """The modules of a forward pass after the last tap, in order, with one pooling among them.
 
     Attributes:
-        modules: the head's outermost modules that have weights or buffers of their own, or no submodules.
-        place: number of these modules that run before the pooling.
-        pooling: one of `POOLINGS`.
-        tap: the last tap.
-        channels: number of channels of its map.
+        modules: The head's outermost modules that have weights or buffers of their own, or no submodules.
+        place: Number of these modules that run before the pooling.
+        pooling: One of `POOLINGS`.
+        tap: The last tap.
+        channels: Number of channels of its map.
         positions: (h, w) of its map.
     """
 
@@ -99,9 +99,9 @@ def find_head(model: nn.Module, images: Inputs, taps: list[Tap]) -> Head | None:
     """Return the model's head, verified to give the model's own logits; None where no such sequence of modules does.
 
     Args:
-        model: a guarded model.
-        images: the inputs of a batch.
-        taps: taps of the model, the last of which the head follows.
+        model: A guarded model.
+        images: The inputs of a batch.
+        taps: Taps of the model, the last of which the head follows.
     """
     last = len(taps) - 1
     calls = _Calls()
@@ -144,7 +144,7 @@ class _Calls:
     timm's ``BatchNormAct2d``.
 
     Attributes:
-        modules: called since `begin`.
+        modules: The modules that were called since `begin`.
     """
 
     def __init__(self) -> None:

@@ -46,9 +46,9 @@ def measure_tap(train: TapImages | None, test: TapImages, n_neighbors: int) -> d
     """Return the numbers of one tap by the name of their field; NaN where they are undefined.
 
     Args:
-        train: training images; None to predict each fold of the test images from the others.
-        test: test images.
-        n_neighbors: training images that vote.
+        train: Training images; None to predict each fold of the test images from the others.
+        test: Test images.
+        n_neighbors: Training images that vote.
     """
     neighbors = nearest_neighbors(n_neighbors)
     sources = train or test

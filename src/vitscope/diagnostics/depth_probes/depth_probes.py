@@ -68,13 +68,13 @@ class DepthProbesResult(Result, coordinates=TAP_COORDINATES):
         nc4_half_width: (n_taps,) see above.
         intrinsic_dimension: (n_taps,) TwoNN estimate of the test images' pooled features.
         intrinsic_dimension_half_width: (n_taps,) see above.
-        model_accuracy: accuracy of the model itself on the test images.
-        majority_share: share of the most frequent class of the test images, which a constant answer reaches.
-        n_classes: classes among the training images.
-        n_train: training images.
-        n_images: test images.
+        model_accuracy: Accuracy of the model itself on the test images.
+        majority_share: Share of the most frequent class of the test images, which a constant answer reaches.
+        n_classes: Classes among the training images.
+        n_train: Training images.
+        n_images: Test images.
         training_images: ``train``, or the rule by which the test images were divided.
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -146,15 +146,15 @@ def depth_probes(
     One forward pass over the images of each probe; the features of all images stay in memory, 4 bytes each.
 
     Args:
-        probe: model and the images on which accuracy is measured, with class indices.
-        train: training images without augmentation, of the same model, none of which is in ``probe``; in a run its own. None:
+        probe: Model and the images on which accuracy is measured, with class indices.
+        train: Training images without augmentation, of the same model, none of which is in ``probe``; in a run its own. None:
             5 folds of the images of ``probe``, classes divided alike, each predicted by a classifier of the other four;
             neural collapse is then of the images of ``probe``.
-        n_neighbors: nearest training images that vote; 20 in Caron et al. (2021).
-        max_memory: bytes that the features of one probe may take; None: a quarter of what is free.
+        n_neighbors: Nearest training images that vote; 20 in Caron et al. (2021).
+        max_memory: Bytes that the features of one probe may take; None: a quarter of what is free.
 
     Raises:
-        ValueError: another loss than the cross entropy, targets that are no class indices, a probe without taps, training images
+        ValueError: Another loss than the cross entropy, targets that are no class indices, a probe without taps, training images
             of another model or that are test images, fewer training images than neighbors, or features that do not fit into
             memory.
     """

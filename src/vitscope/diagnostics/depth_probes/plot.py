@@ -40,7 +40,7 @@ def depth_probes(results: Mapping[str, DepthProbesResult]) -> Figure:
     lens, with bands. Both are 95 % intervals. A horizontal line is the model's own accuracy, in the color of its result.
 
     Args:
-        results: one or more results by name.
+        results: One or more results by name.
     """
     canvas = new_canvas(7.0, 4.6)
     if len(results) == 1:

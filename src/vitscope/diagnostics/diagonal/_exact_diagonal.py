@@ -23,7 +23,7 @@ def diagonal_by_products(operator: Curvature) -> np.ndarray:
     """Return the diagonal of an operator's data term ``(size,)`` from one product a parameter.
 
     Raises:
-        ValueError: more parameters than `MOST_PRODUCTS`.
+        ValueError: More parameters than `MOST_PRODUCTS`.
     """
     if operator.size > MOST_PRODUCTS:
         raise ValueError(
@@ -45,7 +45,7 @@ def diagonal_by_images(operators: Curvatures) -> np.ndarray:
     With ``M_i = S S^T`` it is the sum over images and columns s of S of the squared entries of ``J_i^T s``.
 
     Raises:
-        ValueError: outputs that are not one tensor, or more than `MOST_OUTPUTS` an image; and as `PerExampleGradients`.
+        ValueError: Outputs that are not one tensor, or more than `MOST_OUTPUTS` an image; and as `PerExampleGradients`.
     """
     probe, options = operators.probe, operators.options
     gradients = PerExampleGradients(operators.model, _along_column, operators.parameters, options.micro_batch)

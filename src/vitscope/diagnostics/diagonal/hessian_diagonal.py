@@ -46,11 +46,11 @@ class HessianDiagonalResult(
         mean_standard_error: (n_parameters,) over random vectors, likewise.
         quantiles: (n_parameters, 3) of the entries of each tensor at 0.05, 0.5 and 0.95; the noise of an estimate widens them.
         negative_share: (n_parameters,) share of the entries below zero by more than two standard errors; NaN with one vector.
-        trace: sum of the diagonal.
-        noise_share: share of the variance of the estimated entries, over all of them, that is noise of the random vectors: near 1
+        trace: Sum of the diagonal.
+        noise_share: Share of the variance of the estimated entries, over all of them, that is noise of the random vectors: near 1
             the single entries say nothing; NaN with one vector.
-        n_products: products made; 0 where gradients of images took their place.
-        card: conditions of the measurement.
+        n_products: Products made; 0 where gradients of images took their place.
+        card: Conditions of the measurement.
     """
 
     parameters: tuple[str, ...]
@@ -109,16 +109,16 @@ def hessian_diagonal(
     parameter (at most 4096), and for ``ggn`` and the Fisher matrices one gradient of every image for each of its outputs.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
+        probe: The model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``exact``.
-        n_vectors: random vectors of ``hutchinson``, each of which costs a product.
+        n_vectors: Random vectors of ``hutchinson``, each of which costs a product.
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: an unknown method, an exact diagonal of too many parameters or outputs, or of ``l2="sum_norm"``; and as
+        ValueError: An unknown method, an exact diagonal of too many parameters or outputs, or of ``l2="sum_norm"``; and as
             `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Example:
         ``vs.hessian_diagonal(probe, method="exact", operator="ggn", parameters="*head*").diagonal``

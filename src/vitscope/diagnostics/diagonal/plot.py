@@ -17,7 +17,7 @@ def hessian_diagonal(results: Mapping[str, HessianDiagonalResult]) -> Figure:
     """Draw the mean entry of each tensor with the range of nine tenths of its entries, by depth; a row a result.
 
     Args:
-        results: results by name.
+        results: Results by name.
     """
     canvas = new_canvas(1.3 * COLUMN_WIDTH, 0.8 + 1.7 * len(results))
     axes = canvas.grid(len(results), 1)[:, 0]

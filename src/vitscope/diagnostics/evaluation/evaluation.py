@@ -35,19 +35,19 @@ class EvaluationResult(Result, coordinates={"class": "classes", "class_name": "c
     """Means over images; NaN where a logit that counts is not finite.
 
     Attributes:
-        accuracy: share of images whose largest logit is the label's.
-        accuracy_top5: share of images whose label is among the five largest logits (all, where there are fewer).
-        accuracy_lower: lower end of the 95% interval of ``accuracy`` over images (`vitscope.stats.intervals.share_interval`).
-        accuracy_upper: upper end.
-        mean_class_accuracy: mean of ``class_accuracy`` over the classes that have images.
-        nll: mean of -log p(label), nats, p being the softmax over the classes that count.
+        accuracy: Share of images whose largest logit is the label's.
+        accuracy_top5: Share of images whose label is among the five largest logits (all, where there are fewer).
+        accuracy_lower: Lower end of the 95% interval of ``accuracy`` over images (`vitscope.stats.intervals.share_interval`).
+        accuracy_upper: Upper end.
+        mean_class_accuracy: Mean of ``class_accuracy`` over the classes that have images.
+        nll: Mean of -log p(label), nats, p being the softmax over the classes that count.
         classes: (n_classes,) the logits that count, ascending.
         class_names: (n_classes,) their names, where they are known.
         class_count: (n_classes,) images of each.
         class_accuracy: (n_classes,) NaN without an image.
-        n_logits: logits of the model.
-        n_images: images measured: those that have a label.
-        card: conditions of the measurement.
+        n_logits: Logits of the model.
+        n_images: Images measured: those that have a label.
+        card: Conditions of the measurement.
     """
 
     accuracy: float
@@ -88,12 +88,12 @@ def evaluation(probe: Probe, *, classes: Choice | Sequence[int | str] = "all") -
     """Evaluate a model on the probe's images.
 
     Args:
-        probe: the images; soft targets count as their most probable class.
-        classes: the logits that compete: ``all``; ``present``: the classes that have images in the split, as ImageNet-A and
+        probe: The images; soft targets count as their most probable class.
+        classes: The logits that compete: ``all``; ``present``: the classes that have images in the split, as ImageNet-A and
             ImageNet-R are scored (Hendrycks et al. 2021); or a list of indices or of class names.
 
     Raises:
-        ValueError: an unknown choice or class, an image of a class that is left out or that the model does not have, no
+        ValueError: An unknown choice or class, an image of a class that is left out or that the model does not have, no
             image with a label, or another loss than the cross entropy.
     """
     check_classes(probe, "evaluation")

@@ -38,8 +38,8 @@ def by_kind(
         contrast: (n_units,) NaN for units without one, which are left out.
         replicates: (n_resamples, n_units) with images resampled.
         kinds: (n_units) of the units.
-        level: coverage.
-        n_images: number of images that were resampled; of fewer than `vitscope.stats.intervals.LEAST_IMAGES` there is no
+        level: Coverage.
+        n_images: Number of images that were resampled; of fewer than `vitscope.stats.intervals.LEAST_IMAGES` there is no
             interval.
     """
     names, rows = [], []

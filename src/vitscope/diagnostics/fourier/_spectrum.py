@@ -48,7 +48,7 @@ def frequencies(size: tuple[int, int], path: str = "diagonal") -> np.ndarray:
     Along the diagonal the last bin is 1 - 2/h for even and 1 - 1/h for odd h; a ring has its bins' mean radius.
 
     Raises:
-        ValueError: a diagonal of a map that is not square, or an unknown path.
+        ValueError: A diagonal of a map that is not square, or an unknown path.
     """
     _check(size, path)
     h, w = size
@@ -67,7 +67,7 @@ def spectrum(x: Tensor, path: str = "diagonal", eps: float = EPS) -> Spectrum:
     shorter side wide of the whole transform, up to the Nyquist frequency (the corners are left out). Ring 0 is the constant part.
 
     Raises:
-        ValueError: a diagonal of a map that is not square, or an unknown path.
+        ValueError: A diagonal of a map that is not square, or an unknown path.
     """
     h, w = x.shape[-2:]
     _check((h, w), path)

@@ -62,10 +62,10 @@ class BranchTransferResult(
         kind_low: (n_kinds,) lower end of its interval over units and images (over images alone for a single unit).
         kind_high: (n_kinds,) upper end.
         reference: ``none``; or ``initial``, where an initial model's values were subtracted.
-        level: coverage of the intervals.
-        seed: seed of the resampling.
-        n_images: number of images.
-        card: conditions of the measurement.
+        level: Coverage of the intervals.
+        seed: Seed of the resampling.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -105,7 +105,7 @@ class BranchTransferResult(
         are replaced by those of the standard errors over paired replicates.
 
         Raises:
-            ValueError: other units, another seed, or another number of images.
+            ValueError: Other units, another seed, or another number of images.
         """
         for name in ("units", "seed", "n_images", "level"):
             if getattr(self, name) != getattr(initial, name):
@@ -173,19 +173,19 @@ def branch_transfer(
     """Measure the effect of each residual unit on the spatial frequencies of its input, by kind with bootstrap intervals.
 
     Args:
-        probe: model and images.
-        initial: the model at initialization; its values on the same images are subtracted (a run supplies it).
-        units: the residual units of the probe's model, for one that vitscope does not know.
+        probe: Model and images.
+        initial: The model at initialization; its values on the same images are subtracted (a run supplies it).
+        units: The residual units of the probe's model, for one that vitscope does not know.
         path: ``radial`` (rings of the whole transform; also serves 4x4 and non-square maps) or ``diagonal``.
-        level: coverage of the intervals.
-        n_resamples: bootstrap replicates, kept as running sums: each image weighs a Poisson(1) number of times.
-        seed: seed of the resampling.
-        eps: added to the amplitudes before the logarithm.
+        level: Coverage of the intervals.
+        n_resamples: Bootstrap replicates, kept as running sums: each image weighs a Poisson(1) number of times.
+        seed: Seed of the resampling.
+        eps: A constant that is added to the amplitudes before the logarithm.
 
     Units that change the class token alone, or whose branch's input no module returns, are null, with one warning.
 
     Raises:
-        ValueError: a model without residual units, fewer than one replicate, or a level outside (0, 1).
+        ValueError: A model without residual units, fewer than one replicate, or a level outside (0, 1).
     """
     check_level(level)
     if n_resamples < 1:

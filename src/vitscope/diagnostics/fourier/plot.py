@@ -35,14 +35,14 @@ def relative_log_amplitude(
     """Draw the curves over frequency (Fig 2a), their last bins over depth (Fig 8), or both, a row a model.
 
     Args:
-        results: results by the name in the title or legend.
+        results: Results by the name in the title or legend.
         view: ``both``, ``frequency``, or ``depth`` (several models then share one pair of axes).
         curve: ``paper``, ``size_corrected`` or ``first_ac``, which is drawn without intervals: those of the result belong to
             differences from frequency 0.
         axis: ``true`` frequencies of the bins, or ``paper``, which stretches them so that the last is 1.
 
     Raises:
-        ValueError: an unknown view, curve or axis.
+        ValueError: An unknown view, curve or axis.
     """
     for name, value, allowed in (
         ("view", view, ("both", "frequency", "depth")),

@@ -52,9 +52,9 @@ class RelativeLogAmplitudeResult(Result, coordinates=TAP_COORDINATES | {"frequen
         high_frequency_change: (n_taps,) ``high_frequency`` minus that of the tap before; NaN without an equal-sized one.
         high_frequency_change_half_width: (n_taps,) half its t-interval over images, paired.
         ac_high_share: (n_taps,) share of the power of all non-constant bins of the path that lies above half of pi.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -126,13 +126,13 @@ def relative_log_amplitude(
     Only running sums are kept; the corrections that comparisons between map sizes need are given beside the curve.
 
     Args:
-        probe: model and images.
+        probe: Model and images.
         path: ``diagonal`` (the paper's; square maps) or ``radial`` (mean over rings one bin wide; any map).
-        level: coverage of the t-intervals over images.
-        eps: added to the amplitudes.
+        level: Coverage of the t-intervals over images.
+        eps: A constant that is added to the amplitudes.
 
     Raises:
-        ValueError: no tap, maps that are not square on the diagonal, maps whose size changes between batches, or a
+        ValueError: No tap, maps that are not square on the diagonal, maps whose size changes between batches, or a
             level or path that does not exist.
     """
     sums = accumulate(probe, path=path, level=level, eps=eps)

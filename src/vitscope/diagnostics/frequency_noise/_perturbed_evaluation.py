@@ -28,11 +28,11 @@ def perturbed(
     """Yield, for each batch of this rank, what the model does on the clean images and on those of each change.
 
     Args:
-        probe: model and images.
-        names: names of the changes, as keys of finished rows.
-        change: makes the changed images.
-        description: shown with the progress.
-        partial: finished rows, one for each batch and change.
+        probe: Model and images.
+        names: Names of the changes, as keys of finished rows.
+        change: Makes the changed images.
+        description: The text beside the progress.
+        partial: Finished rows, one for each batch and change.
 
     Yields:
         Losses in nats ``(1 + n_changes, B)``, correctness 0 or 1 of the same shape, and the number of classes; the clean
@@ -79,8 +79,8 @@ class Means:
     """Running means over images, by name, and the number of classes; the same on every rank once `finish`ed.
 
     Args:
-        names: names of measurements.
-        answers: names of those that count right or wrong answers, or their changes.
+        names: Names of measurements.
+        answers: Names of those that count right or wrong answers, or their changes.
     """
 
     def __init__(self, *names: str, answers: Sequence[str] = ()) -> None:
@@ -96,7 +96,7 @@ class Means:
         """Return the estimates over all ranks' images by name.
 
         Raises:
-            ValueError: no image that has a label.
+            ValueError: No image that has a label.
         """
         check_any_image(next(iter(self._means.values())))
         self.n_classes = max(gather_objects(self.n_classes))

@@ -18,7 +18,7 @@ def pixel_std(probe: Probe, std: Sequence[float] | None, measure: str) -> Tensor
     Those given here, else ``probe.about["std"]``, else one, with a warning: a probe made by hand may hold pixels.
 
     Raises:
-        ValueError: a standard deviation that is not above 0, or images that come to lie far from [0, 1].
+        ValueError: A standard deviation that is not above 0, or images that come to lie far from [0, 1].
     """
     if std is None and probe.about.get("std") is None:
         warnings.warn(

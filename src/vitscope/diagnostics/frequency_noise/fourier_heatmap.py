@@ -36,11 +36,11 @@ class FourierHeatmapResult(Result, coordinates={"vertical": "vertical", "horizon
         error_rate_half_width: (h, w) half the t-intervals over images; NaN where fewer than 10 are right, or wrong.
         vertical: (h,) frequency of each row in units of pi, from -1 (or above) to 1.
         horizontal: (w,) frequency of each column.
-        clean_error_rate: error rate without a wave.
-        rms: root mean square of the wave in each channel, in pixels of [0, 1].
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        clean_error_rate: Error rate without a wave.
+        rms: Root mean square of the wave in each channel, in pixels of [0, 1].
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     error_rate: np.ndarray
@@ -93,17 +93,17 @@ def fourier_heatmap(
     images is an rms of .125, 15.7 on 224x224 one of .070.
 
     Args:
-        probe: model and images; about h w / 2 forward passes each.
-        rms: root mean square a channel, pixels in [0, 1].
-        n: only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
-        mean: not needed; accepted so that both values of a normalization can be passed.
-        std: standard deviation of each channel, as for `frequency_noise_robustness`.
-        level: coverage of the intervals.
-        seed: seed of the signs.
-        partial: finished rows of an interrupted measurement.
+        probe: Model and images; about h w / 2 forward passes each.
+        rms: Root mean square a channel, pixels in [0, 1].
+        n: Only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
+        mean: Not needed; accepted so that both values of a normalization can be passed.
+        std: Standard deviation of each channel, as for `frequency_noise_robustness`.
+        level: Coverage of the intervals.
+        seed: Seed of the signs.
+        partial: Finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: an rms that is not above 0, n below 1, a level outside (0, 1), another loss than the cross entropy, or
+        ValueError: An rms that is not above 0, n below 1, a level outside (0, 1), another loss than the cross entropy, or
             batches of more than images and targets.
     """
     check_classes(probe, "fourier_heatmap")

@@ -59,18 +59,18 @@ class FrequencyNoiseRobustnessResult(Result, coordinates={"frequency": "normaliz
         relative_change: (n_bands,) ``accuracy_change`` divided by clean minus chance accuracy; NaN where that is not
             positive.
         high_minus_low: ``accuracy_change`` averaged over the highest third of the bands minus over the lowest third.
-        high_minus_low_half_width: half width of its interval; NaN with fewer than 128 images, or where it differs from 0 for
+        high_minus_low_half_width: Half width of its interval; NaN with fewer than 128 images, or where it differs from 0 for
             fewer than 10.
-        rms: the noise's scale: its rms (``equal_rms``), or the official eps.
+        rms: The noise's scale: its rms (``equal_rms``), or the official eps.
         curve_rms: (n_rms,) all scales that were measured, ascending.
         curve_accuracy_change: (n_rms, n_bands) at each of them.
         construction: ``equal_rms`` or ``official``.
-        clean_accuracy: accuracy without noise.
-        clean_nll: nll without noise, in nats.
-        chance: one over the number of classes.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        clean_accuracy: Accuracy without noise.
+        clean_nll: NLL without noise, in nats.
+        chance: One over the number of classes.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     normalized_frequency: np.ndarray
@@ -149,20 +149,20 @@ def frequency_noise_robustness(
     added in pixel space before normalization and nothing is clamped.
 
     Args:
-        probe: model and images.
-        n_bands: number of bands between 0 and pi; 10 gives the paper's width of 0.1 pi.
-        rms: root mean square over an image's channels and pixels, pixels in [0, 1]; the official eps.
-        curve_rms: further scales, for the curve over rms.
+        probe: Model and images.
+        n_bands: Number of bands between 0 and pi; 10 gives the paper's width of 0.1 pi.
+        rms: Root mean square over an image's channels and pixels, pixels in [0, 1]; the official eps.
+        curve_rms: Further scales, for the curve over rms.
         construction: ``equal_rms`` or ``official``.
-        mean: not needed for noise; accepted so that both values of a normalization can be passed.
-        std: per channel, of the normalization the images went through; that of ``probe.about`` by default. Without either,
-            the images are taken for pixels, with a warning.
-        level: coverage of the intervals.
-        seed: seed of the noise.
-        partial: finished rows of an interrupted measurement.
+        mean: Not needed for noise; accepted so that both values of a normalization can be passed.
+        std: Standard deviation of each channel that the images were divided by; that of ``probe.about`` by default. Without
+            either, the images are taken for pixels, with a warning.
+        level: Coverage of the intervals.
+        seed: Seed of the noise.
+        partial: Finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: no band, an rms that is not above 0, an unknown construction, a level outside (0, 1),
+        ValueError: No band, an rms that is not above 0, an unknown construction, a level outside (0, 1),
             another loss than the cross entropy, or batches of more than images and targets.
     """
     check_classes(probe, "frequency_noise_robustness")

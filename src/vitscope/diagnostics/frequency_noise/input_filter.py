@@ -38,12 +38,12 @@ class InputFilterResult(Result, coordinates={"cutoff": "cutoff"}):
         high_pass_accuracy: (n_cutoffs,) on images of the constant part and the frequencies above the cut-off.
         high_pass_accuracy_half_width: (n_cutoffs,) likewise.
         high_pass_nll: (n_cutoffs,) the loss there.
-        clean_accuracy: accuracy on unfiltered images.
-        clean_nll: nll on unfiltered images, in nats.
-        chance: one over the number of classes.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        clean_accuracy: Accuracy on unfiltered images.
+        clean_nll: NLL on unfiltered images, in nats.
+        chance: One over the number of classes.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     cutoff: np.ndarray
@@ -98,13 +98,13 @@ def input_filter(
     hence filtering pixels and filtering normalized images are the same. Nothing is clamped.
 
     Args:
-        probe: model and images.
-        cutoffs: frequencies at which the filters cut, in [0, 1].
-        level: coverage of the intervals.
-        partial: finished rows of an interrupted measurement.
+        probe: Model and images.
+        cutoffs: Frequencies at which the filters cut, in [0, 1].
+        level: Coverage of the intervals.
+        partial: Finished rows of an interrupted measurement.
 
     Raises:
-        ValueError: no cut-off, one outside [0, 1], a level outside (0, 1), another loss than the cross entropy, or
+        ValueError: No cut-off, one outside [0, 1], a level outside (0, 1), another loss than the cross entropy, or
             batches of more than images and targets.
     """
     check_classes(probe, "input_filter")

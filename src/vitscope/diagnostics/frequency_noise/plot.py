@@ -23,13 +23,13 @@ def frequency_noise_robustness(
     """Draw the change of accuracy over the noise's frequency (Fig 2b), or over its rms.
 
     Args:
-        results: results by the name in the legend; several models share one pair of axes.
+        results: Results by the name in the legend; several models share one pair of axes.
         view: ``bands``; or ``rms``, a panel a model with a line a scale (needs ``curve_rms``).
-        relative: divide by clean minus chance accuracy, so that models of different accuracy can be compared; a model that is
+        relative: Divide by clean minus chance accuracy, so that models of different accuracy can be compared; a model that is
             not above chance has no values then.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: An unknown view.
     """
     if view == "rms":
         return _over_rms(results)

@@ -28,17 +28,17 @@ class ShapeBiasResult(Result):
     """Decisions of a model for shape or texture where these name different classes.
 
     Attributes:
-        shape_bias: shape decisions divided by shape and texture decisions; 1 is pure shape. NaN without any.
-        shape_bias_low: lower end of its interval (`vitscope.stats.intervals.share_interval`).
-        shape_bias_high: upper end.
-        shape_decisions: number of images answered with their shape's class.
-        texture_decisions: number answered with their texture's class.
-        other_decisions: number answered with a third class.
+        shape_bias: Shape decisions divided by shape and texture decisions; 1 is pure shape. NaN without any.
+        shape_bias_low: Lower end of its interval (`vitscope.stats.intervals.share_interval`).
+        shape_bias_high: Upper end.
+        shape_decisions: Number of images answered with their shape's class.
+        texture_decisions: Number answered with their texture's class.
+        other_decisions: Number answered with a third class.
         shape_bias_of_shape: (n_classes,) the bias on images of each shape; NaN without a decision for either.
-        n_conflicts: number of images whose shape and texture differ; others are left out.
-        level: coverage of the interval.
-        n_images: number of images in the probe.
-        card: conditions of the measurement.
+        n_conflicts: Number of images whose shape and texture differ; others are left out.
+        level: Coverage of the interval.
+        n_images: Number of images in the probe.
+        card: Conditions of the measurement.
     """
 
     shape_bias: float
@@ -82,12 +82,12 @@ def shape_bias(
     """Measure how often a model follows shape where shape and texture disagree.
 
     Args:
-        probe: model and images; targets are the shapes' classes (``data=shapes``, split ``cue_conflict``).
+        probe: Model and images; targets are the shapes' classes (``data=shapes``, split ``cue_conflict``).
         texture: (n_images,) class of each image's texture in the order of the batches; ``probe.about["texture"]`` by default.
-        level: coverage of the interval, which is that of a share of independent decisions.
+        level: Coverage of the interval, which is that of a share of independent decisions.
 
     Raises:
-        ValueError: textures that are missing or not one per image, no conflicting image, a level outside (0, 1), or another
+        ValueError: Textures that are missing or not one per image, no conflicting image, a level outside (0, 1), or another
             loss than the cross entropy.
     """
     check_classes(probe, "shape_bias")

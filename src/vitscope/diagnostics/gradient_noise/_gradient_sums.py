@@ -29,7 +29,7 @@ class FirstSums(NamedTuple):
         squares: (size,) of the squared gradients.
         units: (size,) of the gradients divided by their length.
         kind_units: (size,) of the gradients of each kind of parameter divided by their own length.
-        square_norms: squared norms (b, n_groups) of images, by the number of their batch.
+        square_norms: Squared norms (b, n_groups) of images, by the number of their batch.
     """
 
     squares: Tensor

@@ -69,10 +69,10 @@ class GradientNoiseResult(Result, coordinates={"group": "groups"}):
         effective_images: (n_groups,) ``(sum |g_i|^2)^2 / sum |g_i|^4``: images of equal length that would vary as much.
         hessian_noise_scale: ``tr(H Sigma) / (G^T H G)`` of all parameters, in images; NaN where it was not asked for, or where
             one of the parts is not positive.
-        trace_hessian_covariance: estimate of ``tr(H Sigma)``; NaN likewise.
-        trace_hessian_covariance_error: standard error of that estimate over random vectors; NaN likewise.
-        gradient_curvature: unbiased estimate of ``G^T H G`` with ``G = E g_i``; NaN likewise.
-        card: conditions of the measurement.
+        trace_hessian_covariance: Estimate of ``tr(H Sigma)``; NaN likewise.
+        trace_hessian_covariance_error: Standard error of that estimate over random vectors; NaN likewise.
+        gradient_curvature: Unbiased estimate of ``G^T H G`` with ``G = E g_i``; NaN likewise.
+        card: Conditions of the measurement.
     """
 
     groups: tuple[str, ...]
@@ -171,15 +171,15 @@ def gradient_noise(
     image in eval mode, so that BatchNorm uses its running statistics.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks. Images without a label are left out.
-        n_hessian_vectors: random vectors for ``tr(H Sigma)``, each a gradient and a Hessian-vector product over all images; 0 to
+        probe: The model, batches and objective; batches are split over ranks. Images without a label are left out.
+        n_hessian_vectors: Random vectors for ``tr(H Sigma)``, each a gradient and a Hessian-vector product over all images; 0 to
             leave the noise scale with the Hessian out.
         curvature: ``parameters``, ``dtype``, ``micro_batch`` (images whose gradients are in memory at once; None for as many
             as an eighth of the free memory holds, at most 64), ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: fewer than 3 images with a label, BatchNorm without running statistics or other layers in which the images of
+        ValueError: Fewer than 3 images with a label, BatchNorm without running statistics or other layers in which the images of
             a batch influence each other, a loss that returns a mean alone, pixels without a label; and as `hessian_eigenvalues`.
 
     Example:

@@ -20,7 +20,7 @@ def gradient_noise(results: Mapping[str, GradientNoiseResult]) -> Figure:
     has no point. Kinds of one result have their colors.
 
     Args:
-        results: results by name.
+        results: Results by name.
     """
     n_rows = max(len(result.groups) for result in results.values())
     canvas = new_canvas(2.05 * COLUMN_WIDTH, 1.0 + 0.22 * n_rows * (0.4 + 0.6 * len(results)) + 0.2 * len(results))

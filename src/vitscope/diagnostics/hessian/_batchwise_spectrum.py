@@ -24,14 +24,14 @@ class BatchwiseSpectrum:
     """Eigenvalues of the operator of every batch, one row per batch.
 
     Attributes:
-        operators: the factory of operators, with the options of the solver.
-        n_top: number of eigenvalues by magnitude.
-        n_ends: number of eigenvalues of either end of the spectrum.
-        batches_at_once: number of batches analyzed together; None for as many as fit.
-        budget_s: seconds; None for no limit.
+        operators: The factory of operators, with the options of the solver.
+        n_top: Number of eigenvalues by magnitude.
+        n_ends: Number of eigenvalues of either end of the spectrum.
+        batches_at_once: Number of batches analyzed together; None for as many as fit.
+        budget_s: Seconds; None for no limit.
 
     Raises:
-        ValueError: fewer than one batch at once, several where that cannot be, or a budget that is not positive.
+        ValueError: Fewer than one batch at once, several where that cannot be, or a budget that is not positive.
     """
 
     operators: Curvatures
@@ -56,7 +56,7 @@ class BatchwiseSpectrum:
         """Return the rows of all ranks by batch number, and facts about the course of the computation for the card.
 
         Args:
-            partial: finished rows by ``batch-<number>``; each new row is added as soon as it is computed.
+            partial: Finished rows by ``batch-<number>``; each new row is added as soon as it is computed.
         """
         n, world = self.operators.probe.n_batches, distributed.world_size()
         together = self._together()

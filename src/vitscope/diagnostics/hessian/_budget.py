@@ -29,9 +29,9 @@ class Budget:
     """Measured and predicted times, and the number of batches that fit into the budget.
 
     Attributes:
-        seconds: the budget; None for no limit.
-        limit: batches that fit, counted over all ranks from the first.
-        facts: facts for the card: the budget, seconds a product, seconds and bytes predicted.
+        seconds: The budget; None for no limit.
+        limit: Batches that fit, counted over all ranks from the first.
+        facts: Facts for the card: the budget, seconds a product, seconds and bytes predicted.
     """
 
     seconds: float | None
@@ -64,13 +64,13 @@ def fitted(operators: Curvatures, seconds: float, n_values: int, at_once: int) -
     end, see `Budget.allows`.
 
     Args:
-        operators: the factory of operators.
-        seconds: the budget.
-        n_values: eigenvalues of a batch.
-        at_once: batches in one product.
+        operators: The factory of operators.
+        seconds: The budget.
+        n_values: Eigenvalues of a batch.
+        at_once: Batches in one product.
 
     Raises:
-        ValueError: a budget that is not positive.
+        ValueError: A budget that is not positive.
     """
     if not seconds > 0:
         raise ValueError(f"Expected budget_s to be positive or None, received {seconds}.")

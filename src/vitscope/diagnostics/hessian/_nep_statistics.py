@@ -85,9 +85,9 @@ def positive_interval(whole: float, without: np.ndarray, level: float = 0.95) ->
     For lognormal parts with a standard deviation of the logarithm from 0.2 to 1 it holds the truth at 92 to 97 %.
 
     Args:
-        whole: the mean over all parts.
+        whole: The mean over all parts.
         without: (n,) the mean over all others, for each of n parts.
-        level: coverage.
+        level: Coverage.
 
     Returns:
         Both ends; NaN with fewer than `APE_BATCHES` parts, where a value is not positive, and where parts do not differ.

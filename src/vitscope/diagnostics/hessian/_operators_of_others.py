@@ -37,19 +37,19 @@ def eigenvalues_of(
     known. Two of its products check the symmetry.
 
     Args:
-        operator: a SciPy ``LinearOperator`` or sparse matrix, a symmetric array or tensor ``(size, size)``, or an object with
+        operator: A SciPy ``LinearOperator`` or sparse matrix, a symmetric array or tensor ``(size, size)``, or an object with
             ``shape``, ``dtype``, ``device`` and ``@`` for torch vectors, as curvlinops' operators (KFAC, GGN, ...).
-        k: number of eigenvalues; with ``both`` at either end.
+        k: Number of eigenvalues; with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
-        tol: relative error at which the search stops.
-        max_products: the largest number of products; eigenvalues that have not converged by then are marked.
-        max_memory: bytes of the Lanczos basis; None for a quarter of the free memory.
-        eigenvectors: also return them.
-        seed: seed of the start vector.
+        tol: Relative error at which the search stops.
+        max_products: The largest number of products; eigenvalues that have not converged by then are marked.
+        max_memory: Bytes of the Lanczos basis; None for a quarter of the free memory.
+        eigenvectors: Whether to return the eigenvectors too.
+        seed: Seed of the start vector.
 
     Raises:
-        ValueError: an operator that is not square, real and symmetric, fewer rows than ``k``, an unknown ``which``.
-        NumericalError: a product that is not finite.
+        ValueError: An operator that is not square, real and symmetric, fewer rows than ``k``, an unknown ``which``.
+        NumericalError: A product that is not finite.
 
     Example:
         ``vs.eigenvalues_of(vs.hessian_operator(probe), k=5)`` gives the numbers of ``vs.hessian_eigenvalues(probe, k=5)``.
@@ -85,16 +85,16 @@ def spectral_density_of(
     """Estimate the density of the eigenvalues of any symmetric operator, as `spectral_density` does.
 
     Args:
-        operator: the operator, as for `eigenvalues_of`.
-        n_vectors: probe vectors; the interval shrinks with their root.
+        operator: The operator, as for `eigenvalues_of`.
+        n_vectors: Probe vectors; the interval shrinks with their root.
         n_steps: Lanczos steps of each, at most the number of rows.
-        n_grid: points of the density.
-        sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
-        seed: seed of the probe vectors.
+        n_grid: Points of the density.
+        sigma: Width of the smoothing Gaussian; None for a hundredth of the nodes' range.
+        seed: Seed of the probe vectors.
 
     Raises:
-        ValueError: an operator that is not square, real and symmetric; and as `spectral_density`.
-        NumericalError: a product that is not finite.
+        ValueError: An operator that is not square, real and symmetric; and as `spectral_density`.
+        NumericalError: A product that is not finite.
     """
     check_quadrature(n_vectors, n_steps, n_grid, sigma)
     foreign = ForeignOperator(operator, seed)

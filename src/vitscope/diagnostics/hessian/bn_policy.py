@@ -38,7 +38,7 @@ class BnPolicyResult(Result):
         ape: (n_policies,) average positive eigenvalue.
         ape_intervals: (n_policies, 2), NaN with fewer than 4.
         n_norms: BatchNorm layers in the model.
-        card: conditions of the measurement; ``bn_policy`` is ``both``.
+        card: Conditions of the measurement; ``bn_policy`` is ``both``.
     """
 
     eigenvalues_eval: np.ndarray
@@ -90,14 +90,14 @@ def bn_policy(
     The paper's ResNet has no negative eigenvalues in eval mode; training sees the other curvature.
 
     Args:
-        probe: the model, mini-batches and objective; batches are split over ranks.
-        n_top: eigenvalues of each batch (``k`` is accepted too).
+        probe: The model, mini-batches and objective; batches are split over ranks.
+        n_top: Eigenvalues of each batch (``k`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: a model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
-        NumericalError: a loss that is not finite.
+        ValueError: A model without BatchNorm; and as `hessian_max_eigenvalue_spectrum`.
+        NumericalError: A loss that is not finite.
 
     Source: docs/definitions.md section 2.
     """

@@ -36,7 +36,7 @@ class HessianByKindResult(Result, coordinates={"group": "groups"}):
         nep_intervals: (n_groups, 2) 95 % over batches, NaN with fewer than 8 of them.
         ape: (n_groups,) average positive eigenvalue; NaN where there is none.
         ape_intervals: (n_groups, 2), NaN with fewer than 4.
-        card: conditions of the measurement; ``parameters`` is ``by kind``, ``by stage`` or ``by part``.
+        card: Conditions of the measurement; ``parameters`` is ``by kind``, ``by stage`` or ``by part``.
     """
 
     groups: tuple[str, ...]
@@ -88,17 +88,17 @@ def hessian_by_kind(
     block are the network's, but a network can have more.
 
     Args:
-        probe: the model, frozen augmented mini-batches and the objective; batches are split over ranks.
+        probe: The model, frozen augmented mini-batches and the objective; batches are split over ranks.
         by: ``kind`` (stem, conv, msa, mlp, pool, head), ``stage`` (0 is the stem) or ``part`` (q, k, v, proj, mlp_in, mlp_out:
             those that the model has; norms, convolutions and others are in none of them).
-        n_top: eigenvalues of each batch (``k`` is accepted too), at most the parameters of the smallest group.
+        n_top: Eigenvalues of each batch (``k`` is accepted too), at most the parameters of the smallest group.
         curvature: ``tol``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``max_products``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: another ``by``, a model of no known unit, attention whose parts are not certain; and as
+        ValueError: Another ``by``, a model of no known unit, attention whose parts are not certain; and as
             `hessian_max_eigenvalue_spectrum`.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: vitscope's own; the blocks are those of `vitscope.models.structure.parameter_groups`.
     """

@@ -34,11 +34,11 @@ class HessianEigenvaluesResult(Result, untabulated=("eigenvectors",)):
         errors: (k,) estimates of the distance to the eigenvalue, min(residual, residual^2 / gap).
         converged: (k,) whether that is within the tolerance and, with ``start``, the probability below is at most 5 %.
         l2_contribution: (k,) the L2 term's share of each eigenvalue, v^T H_L2 v; it is an exact part of the sum.
-        n_products: products with the operator.
+        n_products: Products with the operator.
         eigenvectors: (k, size) unit vectors where asked for, else (0, 0).
-        parameter_names: names of the parameters analyzed, in the order of the vectors' entries.
-        card: conditions of the measurement.
-        missed_probability: with ``start``, an upper bound of the probability that an eigenvalue lies more than 1 % beyond the
+        parameter_names: Names of the parameters analyzed, in the order of the vectors' entries.
+        card: Conditions of the measurement.
+        missed_probability: With ``start``, an upper bound of the probability that an eigenvalue lies more than 1 % beyond the
             outermost of these and was passed over (`vitscope.linalg.missed_eigenvalues`); else NaN.
     """
 
@@ -94,25 +94,25 @@ def hessian_eigenvalues(
     """Compute the ``k`` extreme eigenvalues of the mean over all batches' images.
 
     Args:
-        probe: the model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
-        k: number of eigenvalues (``n_top`` is accepted too); with ``both`` at either end.
+        probe: The model, batches and objective. Under ``torch.distributed`` batches are split over ranks.
+        k: Number of eigenvalues (``n_top`` is accepted too); with ``both`` at either end.
         which: ``LM`` by magnitude, ``LA`` the largest, ``SA`` the smallest, ``both`` ends from one run.
-        eigenvectors: also return them.
-        start: eigenvectors ``(m, size)`` of an earlier measurement of these parameters, or its result, to begin the search
+        eigenvectors: Whether to return the eigenvectors too.
+        start: Eigenvectors ``(m, size)`` of an earlier measurement of these parameters, or its result, to begin the search
             from in place of the gradient: those of a few training steps or of a batch before. They may lie in a wrong invariant
             subspace, so as much of a random vector is added, and the search goes on until ``missed_probability`` is at most
             5 %, or its values are not called converged. Beginning there saves the gradient and about one product in eight of
             a search for one eigenvalue; the assurance takes them again, and more in a large network (docs/definitions.md
             section 3). Under ``torch.distributed`` all ranks pass the same. Lanczos only.
-        curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+        curvature: The fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Returns:
         The eigenvalues with their residuals.
 
     Raises:
-        ValueError: no parameters, fewer parameters than ``k``, an unknown name, a compiled or inference-mode model, a
+        ValueError: No parameters, fewer parameters than ``k``, an unknown name, a compiled or inference-mode model, a
             batch on another device, a ``start`` of another size or of other parameters, or with ``solver="power"``.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: Park & Kim (ICLR 2022), section 3 and appendix A; docs/definitions.md section 2.
 

@@ -43,13 +43,13 @@ class HessianMaxEigenvalueSpectrumResult(Result, coordinates={"batch": "batches"
         negative_eigenvalue_proportion_interval: (2,).
         average_positive_eigenvalue: APE, mean of the pooled positive values; NaN where there is none.
         average_positive_eigenvalue_interval: (2,).
-        near_zero_proportion: share within the residual of zero.
-        top1_negative_eigenvalue_proportion, top1_average_positive_eigenvalue: the same of each batch's first value.
-        smallest_negative_proportion: share of the batches whose smallest eigenvalue is negative; NaN unless asked for.
-        largest_average: mean over batches of the largest eigenvalue; NaN unless asked for.
+        near_zero_proportion: Share within the residual of zero.
+        top1_negative_eigenvalue_proportion, top1_average_positive_eigenvalue: The same of each batch's first value.
+        smallest_negative_proportion: Share of the batches whose smallest eigenvalue is negative; NaN unless asked for.
+        largest_average: Mean over batches of the largest eigenvalue; NaN unless asked for.
         grid: (n_grid,) eigenvalues at which the density is given.
         density: (n_grid,) Gaussian kernel density of the pooled values (for figures only; NEP and APE are from the values).
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -129,21 +129,21 @@ def hessian_max_eigenvalue_spectrum(
     batches are split over ranks.
 
     Args:
-        probe: the model, frozen augmented mini-batches (16 images in the paper) and the objective.
-        n_top: eigenvalues of each batch (``k`` is accepted too).
-        n_ends: also this many of the largest and of the smallest, from the same run; 0 for none.
-        budget_s: seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
+        probe: The model, frozen augmented mini-batches (16 images in the paper) and the objective.
+        n_top: Eigenvalues of each batch (``k`` is accepted too).
+        n_ends: Number of the largest and of the smallest eigenvalues that are returned too, from the same run; 0 for none.
+        budget_s: Seconds that may be spent: one product is timed first, time and memory are predicted and printed, and as
             many batches are analyzed as fit, at least one; the card states what was done. None for all batches.
-        batches_at_once: batches of equal shape analyzed together under vmap (`linalg.batched_lanczos`): 1 one after the other,
+        batches_at_once: Batches of equal shape analyzed together under vmap (`linalg.batched_lanczos`): 1 one after the other,
             None for what fits on a GPU and 1 on a CPU.
-        partial: rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
-        curvature: the fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
+        partial: Rows of batches already done, by ``batch-<number>``; new ones are added as soon as they are known.
+        curvature: The fields of `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: no parameters, fewer parameters than ``n_top``, an unknown name, a compiled or inference-mode model, a
+        ValueError: No parameters, fewer parameters than ``n_top``, an unknown name, a compiled or inference-mode model, a
             batch on another device, a budget that is not positive, or several batches at once where that cannot be: power
             iteration, another operator, batch statistics, or a model that vmap cannot differentiate.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: Park & Kim (ICLR 2022), figures 1c, 4, 6, 7, C.4; docs/definitions.md section 2. Deviation: Lanczos with residuals
     in place of power iteration with a tolerance on its change (``solver="power"``).

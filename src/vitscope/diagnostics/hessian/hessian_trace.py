@@ -36,13 +36,13 @@ class HessianTraceResult(Result):
     """The sum of all eigenvalues.
 
     Attributes:
-        trace: the estimate.
-        standard_error: standard error of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
+        trace: The estimate.
+        standard_error: Standard error of the estimate, over random vectors; NaN for a single one. 0 where no part was random.
         estimates: (n_vectors,) the estimate of each random vector.
-        sketch_trace: the part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
-        size: number of parameters analyzed.
-        n_products: products with the operator.
-        card: conditions of the measurement.
+        sketch_trace: The part that ``hutch++`` computes exactly, 0 for ``hutchinson``; included in ``trace``.
+        size: Number of parameters analyzed.
+        n_products: Products with the operator.
+        card: Conditions of the measurement.
     """
 
     trace: float
@@ -114,17 +114,17 @@ def hessian_trace(
     (I - QQ^T) H (I - QQ^T), whose variance lacks the large eigenvalues.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
+        probe: The model, batches and objective; batches are split over ranks.
         method: ``hutchinson`` or ``hutch++``.
-        n_vectors: products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory (of several ranks
+        n_vectors: Products in all; at least 3 for ``hutch++``, which holds a third as many vectors in memory (of several ranks
             each a share of them).
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``basis``,
             ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: an unknown method, too few vectors; and as `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        ValueError: An unknown method, too few vectors; and as `hessian_eigenvalues`.
+        NumericalError: A loss that is not finite.
 
     Source: Hutchinson (1989); Meyer, Musco, Musco & Woodruff, Hutch++ (SOSA 2021), algorithm 1.
     """

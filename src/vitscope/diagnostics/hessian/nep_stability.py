@@ -47,8 +47,8 @@ class NepStabilityResult(Result, coordinates={"k": "k", "batch_size": "batch_siz
         nep_interval: (n_settings, 2) 95 % over batches; NaN with fewer than 8 of them.
         ape: (n_settings,) average positive eigenvalue.
         ape_interval: (n_settings, 2), NaN with fewer than 4.
-        n_products: products in all.
-        card: conditions of the measurement; ``batch_size`` is the probe's.
+        n_products: Products in all.
+        card: Conditions of the measurement; ``batch_size`` is the probe's.
     """
 
     k: np.ndarray
@@ -125,19 +125,19 @@ def nep_stability(
     indices, batch-mode mixup (one lambda from Beta(1, 1) by the batch's number, partner = the batch flipped).
 
     Args:
-        probe: the model, mini-batches and objective; batches are split over ranks.
-        ks: numbers of eigenvalues.
-        batch_sizes: multiples of the probe's batch size that do not exceed its images; others are left out.
-        tols: relative errors at which to stop.
-        mixup: whether to measure with mixup too.
-        k: eigenvalues where k is not what varies (``n_top`` is accepted too).
-        partial: rows already done.
+        probe: The model, mini-batches and objective; batches are split over ranks.
+        ks: Numbers of eigenvalues.
+        batch_sizes: Multiples of the probe's batch size that do not exceed its images; others are left out.
+        tols: Relative errors at which to stop.
+        mixup: Whether to measure with mixup too.
+        k: Eigenvalues where k is not what varies (``n_top`` is accepted too).
+        partial: Rows already done.
         curvature: ``parameters``, ``dtype``, ``bn``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: an empty or non-positive choice; and as `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        ValueError: An empty or non-positive choice; and as `hessian_eigenvalues`.
+        NumericalError: A loss that is not finite.
 
     Source: docs/definitions.md section 2.
     """

@@ -43,8 +43,8 @@ def hessian_max_eigenvalue_spectrum(
     none has.
 
     Args:
-        results: results by the name shown in the legend.
-        log: a symmetric logarithmic eigenvalue axis, for results of very different magnitude.
+        results: Results by the name shown in the legend.
+        log: A symmetric logarithmic eigenvalue axis, for results of very different magnitude.
     """
     counts = {_count_text(result) for result in results.values()}
     shared = counts.pop() if len(results) > 1 and len(counts) == 1 else ""  # above the names

@@ -23,8 +23,8 @@ def spectral_density(results: Mapping[str, SpectralDensityResult], *, floor: flo
     The legend states how many eigenvalues the Hessian has, and from how many quadrature nodes the density is made.
 
     Args:
-        results: results by the name shown in the legend.
-        floor: the smallest density shown, as a share of the highest.
+        results: Results by the name shown in the legend.
+        floor: The smallest density shown, as a share of the highest.
     """
     canvas = sized_canvas(results)
     axes = canvas.axes()

@@ -39,7 +39,7 @@ class RayleighSplitResult(Result, coordinates={"kind": "kinds"}):
         mass: (k, n_kinds) squared length of v on the parameters of each kind; rows sum to 1.
         kinds: (n_kinds,) the kinds that occur.
         share_of_parameters: (n_kinds,) the mass that a random vector would have.
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -102,15 +102,15 @@ def rayleigh_split(
     H = G + (H - G): G is positive semi-definite for the cross entropy, so a negative eigenvalue owes its sign to H - G.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        k: eigenvalues of largest magnitude (``n_top`` is accepted too).
-        n_ends: also this many of the largest and of the smallest.
+        probe: The model, batches and objective; batches are split over ranks.
+        k: Eigenvalues of largest magnitude (``n_top`` is accepted too).
+        n_ends: Number of the largest and of the smallest eigenvalues that are returned too.
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: as `hessian_eigenvalues`; a loss that is a callable.
-        NumericalError: a loss that is not finite.
+        ValueError: As `hessian_eigenvalues`; a loss that is a callable.
+        NumericalError: A loss that is not finite.
 
     Source: docs/definitions.md section 2.
     """

@@ -41,22 +41,22 @@ class SpectralDensityResult(Result, coordinates={"grid": "grid"}):
         nodes: (n_vectors, n_steps) Ritz values, ascending.
         weights: (n_vectors, n_steps) their masses; each row sums to 1.
         residuals: (n_vectors, n_steps) of the nodes as Ritz values; 0 where the steps span an invariant subspace.
-        resolution: nodes nearer to zero than that may owe their sign to rounding: eps |H| (1 + log2 size) plus three times
+        resolution: Nodes nearer to zero than that may owe their sign to rounding: eps |H| (1 + log2 size) plus three times
             the asymmetry measured between products; the largest over vectors.
         grid: (n_grid,) eigenvalues at which the density is given.
         density: (n_grid,) the rules smoothed by a Gaussian of width ``sigma``, mean over vectors; integrates to 1.
         density_low, density_high: (n_grid,) its interval, never below 0, see `positive_interval`; NaN for one vector.
-        sigma: the Gaussian's standard deviation, in units of the eigenvalues.
+        sigma: The Gaussian's standard deviation, in units of the eigenvalues.
         moments: (4,) means of lambda^p, p = 1 to 4; unbiased, as the rules are exact up to degree 2 n_steps - 1; NaN beyond it,
             unless the steps span an invariant subspace.
         moments_half_width: (4,) half their t-intervals; NaN with fewer than 20 vectors.
-        negative_mass: mass at nodes below zero, those of unknown sign left out.
-        near_zero_mass: mass at nodes of unknown sign: those within the resolution of zero, and the next one on either side
+        negative_mass: Mass at nodes below zero, those of unknown sign left out.
+        near_zero_mass: Mass at nodes of unknown sign: those within the resolution of zero, and the next one on either side
             where zero is within its residual (by the inequalities of Chebyshev, Markov and Stieltjes all other nodes' masses
             are on their side).
-        size: number of parameters analyzed.
-        n_products: products with the operator.
-        card: conditions of the measurement.
+        size: Number of parameters analyzed.
+        n_products: Products with the operator.
+        card: Conditions of the measurement.
     """
 
     nodes: np.ndarray
@@ -122,20 +122,20 @@ def spectral_density(
     the squared first entries of its eigenvectors the weights of a Gauss quadrature.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        n_vectors: probe vectors; the interval shrinks with their root.
+        probe: The model, batches and objective; batches are split over ranks.
+        n_vectors: Probe vectors; the interval shrinks with their root.
         n_steps: Lanczos steps of each, at most the number of parameters.
-        n_grid: points of the density.
-        sigma: width of the smoothing Gaussian; None for a hundredth of the nodes' range.
-        partial: rows of vectors already done, by ``vector-<number>``.
+        n_grid: Points of the density.
+        sigma: Width of the smoothing Gaussian; None for a hundredth of the nodes' range.
+        partial: Rows of vectors already done, by ``vector-<number>``.
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``product``, ``difference_step``, ``micro_batch``, ``basis``,
             ``checkpoint_blocks``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: fewer than one vector, step or grid point, a ``sigma`` that is not positive; and as
+        ValueError: Fewer than one vector, step or grid point, a ``sigma`` that is not positive; and as
             `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: Ubaru, Chen & Saad (SIAM J. Matrix Anal. Appl. 2017); Ghorbani et al. (ICML 2019); docs/definitions.md section 2.
     """

@@ -55,8 +55,8 @@ def covered_layers(model: nn.Module, images: Inputs) -> dict[str, nn.Module]:
     are made before each pass (weight norm, pruning); and weights that several modules have or that a pass uses several times.
 
     Args:
-        model: the guarded model.
-        images: a few images, which pass through the model once.
+        model: The guarded model.
+        images: A few images, which pass through the model once.
     """
     owners = Counter(
         id(p) for m in model.modules() for _, p in m.named_parameters(recurse=False, remove_duplicate=False)
@@ -148,8 +148,8 @@ class _LabeledBatches:
     """Images with a label and their targets, again and again.
 
     Args:
-        probe: the batches.
-        soft: whether soft targets stay; else their most probable class takes their place.
+        probe: The batches.
+        soft: Whether soft targets stay; else their most probable class takes their place.
     """
 
     def __init__(self, probe: Probe, soft: bool) -> None:

@@ -13,7 +13,7 @@ def weight_matrices(parameters: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the parameters that are matrices or kernels of more than one row and column.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     names = [
         name for name, p in parameters.items() if p.ndim >= 2 and 1 < len(p) < p.numel() and p.numel() > max(p.shape)

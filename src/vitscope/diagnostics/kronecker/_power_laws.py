@@ -19,10 +19,10 @@ class PowerLaw:
     """``y = c x^exponent`` fitted to positive points.
 
     Attributes:
-        exponent: slope of log y on log x; NaN with fewer than `LEAST_POINTS` points, or where x does not vary.
-        half_width: half the 95 % interval of the slope in ordinary least squares.
-        r_squared: share of the variance of log y.
-        n_points: points that were used.
+        exponent: Slope of log y on log x; NaN with fewer than `LEAST_POINTS` points, or where x does not vary.
+        half_width: Half the 95 % interval of the slope in ordinary least squares.
+        r_squared: Share of the variance of log y.
+        n_points: Points that were used.
     """
 
     exponent: float

@@ -46,8 +46,8 @@ class CurvatureExponentsResult(Result, coordinates={"layer": "layers", "group": 
         groups: (n_groups,) kinds that occur.
         mean_exponents: (n_groups,) mean over the layers of a kind.
         mean_exponent_intervals: (n_groups, 2) 95 % over layers; NaN with fewer than 3.
-        n_products: products made.
-        card: conditions of the measurement.
+        n_products: Products made.
+        card: Conditions of the measurement.
     """
 
     layers: tuple[str, ...]
@@ -106,14 +106,14 @@ def curvature_exponents(
     the data term; a fused weight of queries, keys and values is one matrix.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        n_singular_values: singular directions of each layer, at least 4; each costs a product.
+        probe: The model, batches and objective; batches are split over ranks.
+        n_singular_values: Singular directions of each layer, at least 4; each costs a product.
         curvature: ``operator``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: fewer than 4 directions, no weight of two dimensions; and as `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        ValueError: Fewer than 4 directions, no weight of two dimensions; and as `hessian_eigenvalues`.
+        NumericalError: A loss that is not finite.
 
     Example:
         ``vs.curvature_exponents(probe).mean_exponents`` of ``.groups``.

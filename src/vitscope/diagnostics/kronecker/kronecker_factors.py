@@ -65,10 +65,10 @@ class KroneckerFactorsResult(Result, coordinates={"layer": "layers", "group": "g
         mean_input_intervals: (n_groups, 2) 95 % over layers; NaN with fewer than 3.
         mean_output_exponents: (n_groups,) likewise.
         mean_output_intervals: (n_groups, 2) likewise.
-        n_uncovered: trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, convolutions that pad
+        n_uncovered: Trained parameters in no layer's weight: biases, norms, tokens, grouped convolutions, convolutions that pad
             their input themselves, weights that are made before each pass, read past their module, shared by modules, or used
             several times in a pass.
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     layers: tuple[str, ...]
@@ -147,18 +147,18 @@ def kronecker_factors(
     Needs ``pip install 'vitscope[kfac]'``. Under ``torch.distributed`` every rank computes all of it.
 
     Args:
-        probe: the model, batches of images and classes, and the cross entropy. Images without a label are left out.
-        fisher: gradients of B: ``type-2`` from the loss's Hessian in the outputs (the Gauss-Newton matrix; a backward pass a
+        probe: The model, batches of images and classes, and the cross entropy. Images without a label are left out.
+        fisher: Gradients of B: ``type-2`` from the loss's Hessian in the outputs (the Gauss-Newton matrix; a backward pass a
             class), ``mc`` from drawn labels, ``empirical`` from the data's targets, soft or smoothed as the objective has them.
         approximation: ``expand`` or ``reduce``, how positions of a layer's input are summed (Eschenhagen et al. 2023).
-        n_values: eigenvalues of each factor that are kept.
-        least_share: the smallest eigenvalue in the fit of the decay, as a share of the largest.
+        n_values: Eigenvalues of each factor that are kept.
+        least_share: The smallest eigenvalue in the fit of the decay, as a share of the largest.
         curvature: ``dtype``, ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: curvlinops is not installed, another loss than the cross entropy, batches of more than images, an unknown
             ``fisher`` or ``approximation``, no layer.
-        NumericalError: weights that are not finite.
+        NumericalError: Weights that are not finite.
 
     Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-Factored Approximate Curvature (ICML 2015); Grosse and
     Martens (ICML 2016) for convolutions; Eschenhagen et al., K-FAC for Modern Neural Network Architectures (NeurIPS 2023).

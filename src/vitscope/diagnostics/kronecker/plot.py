@@ -20,7 +20,7 @@ def curvature_exponents(results: Mapping[str, CurvatureExponentsResult]) -> Figu
     Bars are 95 % intervals of the fits. Broken lines are the exponents 1 and 2.
 
     Args:
-        results: results by name.
+        results: Results by name.
     """
     canvas = new_canvas(2 * COLUMN_WIDTH, 0.8 + 2.0 * len(results))
     axes = canvas.grid(len(results), 2)
@@ -54,7 +54,7 @@ def kronecker_factors(results: Mapping[str, KroneckerFactorsResult]) -> Figure:
     Filled points are exponents of A (inputs), hollow ones of B (gradients of outputs), with 95 % intervals of the fits.
 
     Args:
-        results: results by name.
+        results: Results by name.
     """
     canvas = new_canvas(2.05 * COLUMN_WIDTH, 0.8 + 2.0 * len(results))
     axes = canvas.grid(len(results), 3, sharey=False)

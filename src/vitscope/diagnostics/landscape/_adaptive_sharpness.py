@@ -43,7 +43,7 @@ class AdaptiveOptions:
         radii: Radii by the last word of a measure: ``l2``, ``linf`` and ``average``.
         m_images: Images of each group.
         n_steps: Steps of the ascent.
-        n_starts: Its starts: the weights themselves, then random points of the ball.
+        n_starts: Number of starts: the weights themselves, then random points of the ball.
         n_draws: Pairs of opposite random points of the average.
         logit_normalization: Whether logits are centered and divided by their norm.
         seed: Seed of starts and random points.
@@ -92,7 +92,7 @@ def adaptive_rises(
     """Measure the adaptive rises of each group of images; ``dtype`` is None for the model's own, or one of full precision.
 
     Raises:
-        ValueError: fewer images than a group has, or logit normalization of outputs that are no logits (B, C).
+        ValueError: Fewer images than a group has, or logit normalization of outputs that are no logits (B, C).
     """
     cases = options.cases
     n_groups = probe.n_images // options.m_images if cases else 0

@@ -18,7 +18,7 @@ def check_alignment(alignment: str) -> bool:
     """Tell whether an alignment was chosen.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: An unknown one.
     """
     if alignment not in ALIGNMENTS:
         raise ValueError(f"Expected alignment to be one of {', '.join(ALIGNMENTS)}, received {alignment!r}.")
@@ -31,8 +31,8 @@ def aligned_weights(
     """Return the start with its units in the order of the end's, and what the card says of it.
 
     Raises:
-        ValueError: batches of more than images, or units that cannot be followed.
-        NumericalError: a permutation that changes the network's function.
+        ValueError: Batches of more than images, or units that cannot be followed.
+        NumericalError: A permutation that changes the network's function.
     """
     if not probe.takes_images:
         raise ValueError(

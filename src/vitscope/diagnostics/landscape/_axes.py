@@ -38,11 +38,11 @@ class Axes:
     """A plane's two directions, and the checkpoints' places in it.
 
     Attributes:
-        first: set aside (see `vitscope.linalg.weights.weight_space_walk.set_aside`).
-        second: second direction, on the model's device.
+        first: Set aside (see `vitscope.linalg.weights.weight_space_walk.set_aside`).
+        second: Second direction, on the model's device.
         norms: (2,) Euclidean norms.
-        cosine: between the two.
-        labels: labels of the checkpoints, for ``pca`` and ``checkpoints``.
+        cosine: The cosine between the two.
+        labels: Labels of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) their coordinates, orthogonally projected.
         projection_error: (n_checkpoints,) distance from the plane over distance from the center.
     """
@@ -60,7 +60,7 @@ def plane_axes(probe: Probe, source: Source) -> Axes:
     """Return the two axes of a plane through the probe's weights.
 
     Raises:
-        ValueError: directions that do not fit the model, fewer than two of them, or parallel ones.
+        ValueError: Directions that do not fit the model, fewer than two of them, or parallel ones.
     """
     check_movable(probe)
     labels, differences = checkpoint_differences(probe, source)
@@ -98,14 +98,14 @@ def direction(
     """Return the source's direction number ``index``, scaled, on the model's device.
 
     Args:
-        probe: the probe with the weights at which the plane begins.
-        source: the options.
+        probe: The probe with the weights at which the plane begins.
+        source: The options.
         index: 0 for a line or a plane's first axis.
-        differences: differences of the checkpoints from the weights, for ``checkpoints`` and ``pca``.
-        other: the plane's first axis, against which the second of ``gradient`` is made orthogonal.
+        differences: Differences of the checkpoints from the weights, for ``checkpoints`` and ``pca``.
+        other: The plane's first axis, against which the second of ``gradient`` is made orthogonal.
 
     Raises:
-        ValueError: there are not so many directions.
+        ValueError: There are not so many directions.
     """
     parameters = probe.parameters()
     if source.kind == "random":
@@ -131,7 +131,7 @@ def objective_gradient(probe: Probe) -> Direction:
     """Return the gradient of the objective (L2 term included) over all batches, in the model's precision, at least float32.
 
     Raises:
-        ValueError: see `Probe.guard`; or a gradient that is not finite.
+        ValueError: See `Probe.guard`; or a gradient that is not finite.
     """
     with probe.guard(second_order=True) as model:
         parameters = probe.parameters()

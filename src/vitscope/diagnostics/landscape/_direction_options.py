@@ -25,15 +25,15 @@ class Source:
     """Options for directions in weight space, which all measures of this topic share.
 
     Attributes:
-        directions: one of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).
-        normalization: scaling of the directions, see `vitscope.linalg.weights.directions.normalize`; None: ``filter`` for
+        directions: One of `KINDS`, or directions themselves (mappings by parameter name, or flat vectors).
+        normalization: Scaling of the directions, see `vitscope.linalg.weights.directions.normalize`; None: ``filter`` for
             random directions and the gradient, which have no scale of their own, ``none`` for the rest.
-        ignore: parameters that stay, see `vitscope.linalg.weights.directions.moving`; None: ``bias_bn`` for those two, nothing
+        ignore: Parameters that stay, see `vitscope.linalg.weights.directions.moving`; None: ``bias_bn`` for those two, nothing
             for the rest.
-        seed: seed of random directions.
-        eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
-        checkpoints: pairs of a label and a state dict.
-        labels: labels of the checkpoints to use, in that order; None: all.
+        seed: Seed of random directions.
+        eigenvectors: Arrays or mappings by parameter name, or the path of a saved result that holds ``eigenvectors`` (k, P).
+        checkpoints: Pairs of a label and a state dict.
+        labels: Labels of the checkpoints to use, in that order; None: all.
     """
 
     directions: str | Sequence[Any] = "random"
@@ -85,7 +85,7 @@ def check_preset(
     """Check a preset and the options that it would replace.
 
     Raises:
-        ValueError: an unknown preset, or one together with options that it would replace.
+        ValueError: An unknown preset, or one together with options that it would replace.
     """
     if preset is None:
         return

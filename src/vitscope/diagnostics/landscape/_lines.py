@@ -35,7 +35,7 @@ def measure_lines(
     Keys of one direction should be neighbors: a direction is made when the first of its points is measured.
 
     Raises:
-        ValueError: directions that do not fit the model.
+        ValueError: Directions that do not fit the model.
     """
     check_movable(probe)
     _, differences = checkpoint_differences(probe, source)

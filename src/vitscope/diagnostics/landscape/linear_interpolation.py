@@ -49,12 +49,12 @@ class LinearInterpolationResult(Result, coordinates={"t": "t"}):
         l2_sum_norm: (n,) wd * the sum of the tensors' norms.
         accuracy: (n,) share of images classified correctly.
         ece: (n,) expected calibration error.
-        start: label of the weights at t = 0.
-        end: label of the weights at t = 1; ``model`` for the probe's own.
+        start: Label of the weights at t = 0.
+        end: Label of the weights at t = 1; ``model`` for the probe's own.
         distance: Euclidean distance between the ends.
-        n_nonfinite: the number of points whose nll is NaN or infinite.
-        alignment: rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
-        card: the objective card.
+        n_nonfinite: The number of points whose nll is NaN or infinite.
+        alignment: Rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
+        card: The objective card.
     """
 
     t: np.ndarray
@@ -125,23 +125,23 @@ def linear_interpolation(
     saved. Everything is back bit for bit afterwards.
 
     Args:
-        probe: the model and its frozen batches.
-        checkpoints: pairs of a label and a state dict.
-        start: label of the weights at t = 0; by default the first checkpoint.
-        end: label of the weights at t = 1, or ``model`` for the probe's own; by default the last of several
+        probe: The model and its frozen batches.
+        checkpoints: Pairs of a label and a state dict.
+        start: Label of the weights at t = 0; by default the first checkpoint.
+        end: Label of the weights at t = 1, or ``model`` for the probe's own; by default the last of several
             checkpoints, and the probe's own where there is one checkpoint.
-        n: points.
-        t_min: first position on the line; below 0 extrapolates.
-        t_max: last position on the line; above 1 extrapolates.
+        n: Points.
+        t_min: First position on the line; below 0 extrapolates.
+        t_max: Last position on the line; above 1 extrapolates.
         bn: ``eval``: running statistics, interpolated like the weights; ``recalibrate``: recomputed at each point, as networks
             with BatchNorm need between independent solutions.
         alignment: ``none``; ``weights`` or ``activations``: the start's units are permuted to match the end's before, which
             leaves its function as it is (`vitscope.align_weights`; activations over the probe's images).
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
-        partial: finished points; new ones are stored as soon as they are measured.
+        partial: Finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: an unknown option or label, fewer than two points, a checkpoint of another model, or a network whose units
+        ValueError: An unknown option or label, fewer than two points, a checkpoint of another model, or a network whose units
             cannot be followed, with alignment.
     """
     kind = parse_float_dtype(dtype)
@@ -221,7 +221,7 @@ def _checked(probe: Probe, checkpoint: tuple[str, Mapping[str, Tensor]]) -> tupl
     """Return the checkpoint with its values on the probe's device.
 
     Raises:
-        ValueError: a name that it lacks, or a shape that differs.
+        ValueError: A name that it lacks, or a shape that differs.
     """
     label, state = checkpoint[0], with_default_keys(probe.model, checkpoint[1])
     for name, value in probe.model.state_dict().items():

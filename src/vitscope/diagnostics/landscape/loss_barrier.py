@@ -36,19 +36,19 @@ class LossBarrierResult(Result, coordinates={"t": "t"}):
         chord: (n,) ``(1 - t) * nll(0) + t * nll(1)``.
         accuracy: (n,) accuracy on the way.
         accuracy_chord: (n,) likewise for the accuracy.
-        barrier: the largest ``nll - chord``, at least 0; infinite where a point of the way is not finite.
-        t_barrier: position at which it is reached.
-        accuracy_barrier: the largest ``accuracy_chord - accuracy``, at least 0.
-        start: label of the weights at t = 0.
-        end: label of the weights at t = 1.
+        barrier: The largest ``nll - chord``, at least 0; infinite where a point of the way is not finite.
+        t_barrier: Position at which it is reached.
+        accuracy_barrier: The largest ``accuracy_chord - accuracy``, at least 0.
+        start: Label of the weights at t = 0.
+        end: Label of the weights at t = 1.
         distance: Euclidean distance between the ends.
-        n_nonfinite: the number of points whose nll is NaN or infinite.
-        alignment: rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
+        n_nonfinite: The number of points whose nll is NaN or infinite.
+        alignment: Rule by which the start's units were matched to the end's: ``none``, ``weights`` or ``activations``.
         nll_unaligned: (n,) the nll on the way without alignment; NaN where there is no alignment.
         accuracy_unaligned: (n,) the accuracy there.
-        barrier_unaligned: the barrier there.
+        barrier_unaligned: The barrier there.
         distance_unaligned: Euclidean distance between the ends there.
-        card: the objective card.
+        card: The objective card.
     """
 
     t: np.ndarray
@@ -104,18 +104,18 @@ def loss_barrier(
     measured too. The result is an upper bound of the barrier modulo permutation: the matching is a local optimum.
 
     Args:
-        probe: the model and its frozen batches.
-        checkpoints: pairs of a label and a state dict.
-        start: label of the weights at t = 0.
-        end: label of the weights at t = 1, or ``model``.
-        n: points, ends included.
+        probe: The model and its frozen batches.
+        checkpoints: Pairs of a label and a state dict.
+        start: Label of the weights at t = 0.
+        end: Label of the weights at t = 1, or ``model``.
+        n: Points, ends included.
         bn: ``eval`` or ``recalibrate``.
         alignment: ``none``, ``weights`` or ``activations``, see `linear_interpolation`.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
-        partial: finished points; new ones are stored as soon as they are measured.
+        partial: Finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: as `linear_interpolation`.
+        ValueError: As `linear_interpolation`.
     """
 
     def along(alignment: Alignment) -> LinearInterpolationResult:

@@ -43,18 +43,18 @@ class LossLandscapeResult(Result, coordinates={"x": "x", "y": "y", "checkpoint":
         accuracy: (n_x, n_y) share of images classified correctly.
         ece: (n_x, n_y) expected calibration error, ten bins.
         directions: ``random``, ``eigenvectors``, ``pca``, ``gradient``, ``checkpoints`` or ``given``.
-        normalization: scaling of the directions.
+        normalization: Scaling of the directions.
         preset: ``official`` where the released code's settings were asked for, else empty.
         direction_norms: (2,) Euclidean norms of the directions.
-        direction_cosine: between them.
+        direction_cosine: The cosine between the directions.
         weight_norm: Euclidean norm of all parameters at the center.
-        n_nonfinite: the number of points whose nll is NaN or infinite.
-        dtype_error: largest absolute difference in nll (nats) that the reduced precision made, over the center and the
+        n_nonfinite: The number of points whose nll is NaN or infinite.
+        dtype_error: Largest absolute difference in nll (nats) that the reduced precision made, over the center and the
             four corners; None in full precision.
         labels: (n_checkpoints,) of the checkpoints, for ``pca`` and ``checkpoints``.
         path: (n_checkpoints, 2) coordinates of the checkpoints, projected on the plane.
         projection_error: (n_checkpoints,) distance from the plane over distance from the center.
-        card: the objective card.
+        card: The objective card.
     """
 
     x: np.ndarray
@@ -149,31 +149,31 @@ def loss_landscape(
     bit for bit afterwards, also after an exception or a termination.
 
     Args:
-        probe: the model, its frozen batches, and the objective whose factor scales the L2 surfaces.
+        probe: The model, its frozen batches, and the objective whose factor scales the L2 surfaces.
         directions: ``random`` (seeded, shared by models with equal names and shapes); ``eigenvectors``; ``pca`` of the
             ``checkpoints`` about the model's weights, scaled so that the farthest coordinate is 1; ``gradient`` of the
             objective (uphill; unit length before normalization) and a random direction orthogonal to it; ``checkpoints``:
             the ways to the first two (x = 1 is the first one's weights); or two directions themselves.
         normalization: ``filter`` (Li et al., section 4), ``filter_official``, ``layer`` or ``none``; by default ``filter``
             for random directions and the gradient, ``none`` for the rest.
-        ignore: parameters that stay: ``bias_bn`` (one-dimensional parameters and position tables; the default for random
+        ignore: Parameters that stay: ``bias_bn`` (one-dimensional parameters and position tables; the default for random
             directions and the gradient), ``one_dim``, ``positions``, or regular expressions on names; an empty list moves
             everything.
-        span: half the side of the square, in units of the directions.
-        n: points on a side; the center is one of them where n is odd.
-        seed: seed of random directions.
+        span: Half the side of the square, in units of the directions.
+        n: Points on a side; the center is one of them where n is odd.
+        seed: Seed of random directions.
         bn: ``eval`` for BatchNorm's running statistics, ``recalibrate`` to recompute them at each point.
         dtype: ``bfloat16`` runs the forward passes under autocast (the result states the error); ``float64`` casts the model.
         preset: ``official``: the released code's directions (``filter_official``, position tables and one-dimensional
             parameters ignored); with the default span and n its grid; its surface is ``nll + l2_sum_norm``. That code drew
             augmentations anew at each point and moved some buffers; here both stay.
-        eigenvectors: arrays or mappings by parameter name, or the path of a saved result that holds them.
-        checkpoints: pairs of a label and a state dict.
-        labels: labels of the checkpoints to use, in that order; all by default.
-        partial: finished points, by coordinates; new ones are stored as soon as they are measured.
+        eigenvectors: Arrays or mappings by parameter name, or the path of a saved result that holds them.
+        checkpoints: Pairs of a label and a state dict.
+        labels: Labels of the checkpoints to use, in that order; all by default.
+        partial: Finished points, by coordinates; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: an unknown option, too few points, or directions that do not fit the model or do not span a plane.
+        ValueError: An unknown option, too few points, or directions that do not fit the model or do not span a plane.
     """
     if n < 2 or not 0 < span < float("inf"):
         raise ValueError(f"Expected n of at least 2 and a positive span, received n={n} and span={span}.")

@@ -43,11 +43,11 @@ class LossSliceResult(Result, coordinates={"x": "x"}):
         ece: (n,) expected calibration error.
         nll_by_direction: (n_directions, n) each direction's own curve.
         accuracy_by_direction: (n_directions, n) likewise.
-        directions: source of the directions.
-        normalization: scaling of the directions.
+        directions: Source of the directions.
+        normalization: Scaling of the directions.
         direction_norms: (n_directions,) Euclidean norms.
-        n_nonfinite: the number of points, over all directions, whose nll is NaN or infinite.
-        card: the objective card.
+        n_nonfinite: The number of points, over all directions, whose nll is NaN or infinite.
+        card: The objective card.
     """
 
     x: np.ndarray
@@ -125,24 +125,24 @@ def loss_slice(
     The options are those of `loss_landscape`; direction number k is its direction number k under the same seed.
 
     Args:
-        probe: the model, its frozen batches, and the objective whose factor scales the L2 curves.
-        directions: directions of the lines.
-        normalization: scaling of the directions.
-        ignore: parameters that stay.
-        span: half the length of the lines, in units of the directions.
-        n: points on each line.
-        n_directions: lines; from two on the mean nll has an interval.
-        seed: seed of random directions.
+        probe: The model, its frozen batches, and the objective whose factor scales the L2 curves.
+        directions: Directions of the lines.
+        normalization: Scaling of the directions.
+        ignore: Parameters that stay.
+        span: Half the length of the lines, in units of the directions.
+        n: Points on each line.
+        n_directions: Lines; from two on the mean nll has an interval.
+        seed: Seed of random directions.
         bn: ``eval`` or ``recalibrate``.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
         preset: ``official``.
-        eigenvectors: saved eigenvectors, for directions of that kind.
-        checkpoints: checkpoints of the run, for directions of that kind.
-        labels: labels of the checkpoints to use, in that order; all by default.
-        partial: finished points; new ones are stored as soon as they are measured.
+        eigenvectors: Saved eigenvectors, for directions of that kind.
+        checkpoints: Checkpoints of the run, for directions of that kind.
+        labels: Labels of the checkpoints to use, in that order; all by default.
+        partial: Finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: an unknown option, too few points or directions, or directions that do not fit the model.
+        ValueError: An unknown option, too few points or directions, or directions that do not fit the model.
     """
     if n < 2 or n_directions < 1 or not 0 < span < float("inf"):
         raise ValueError(

@@ -36,12 +36,12 @@ def loss_slice(results: Mapping[str, LossSliceResult], *, value: str = "nll", lo
     the legend counts them.
 
     Args:
-        results: results by the name in the legend.
+        results: Results by the name in the legend.
         value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``accuracy`` or ``ece``.
-        log: a logarithmic axis; by default for the NLLs of one result that span more than a ratio of 20.
+        log: A logarithmic axis; by default for the NLLs of one result that span more than a ratio of 20.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError: An unknown value.
     """
     if value not in LABELS:
         raise ValueError(f"Expected value to be one of {', '.join(LABELS)}, received {value!r}.")
@@ -123,7 +123,7 @@ def linear_interpolation(results: Mapping[str, LinearInterpolationResult]) -> Fi
     The legend names the ends, and how units were matched where they were.
 
     Args:
-        results: results by the name in the legend.
+        results: Results by the name in the legend.
     """
     canvas = new_canvas(COLUMN_WIDTH, 3.6)
     upper, lower = canvas.grid(2, 1, sharex=True)[:, 0]
@@ -162,7 +162,7 @@ def loss_barrier(results: Mapping[str, LossBarrierResult]) -> Figure:
     """Draw each way's NLL, its chord (dashed) and the barrier between them as a bar; dotted the way without alignment.
 
     Args:
-        results: results by the name in the legend.
+        results: Results by the name in the legend.
     """
     canvas = new_canvas(COLUMN_WIDTH, 2.5)
     axes = canvas.axes()

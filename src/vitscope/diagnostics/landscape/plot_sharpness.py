@@ -39,7 +39,7 @@ def sharpness(results: Mapping[str, SharpnessResult]) -> Figure:
     not finite by a cross; the legend counts the points that are not.
 
     Args:
-        results: results by the name in the legend.
+        results: Results by the name in the legend.
     """
     has_worst = any(_is_plottable(r.worst_rise).any() for r in results.values())
     balls = [ball for ball in BALLS if any(m.endswith(ball) for r in results.values() for m in r.adaptive_measures)]

@@ -46,14 +46,14 @@ def loss_landscape(
     largest projection error in the title.
 
     Args:
-        results: results by the name shown above each column.
+        results: Results by the name shown above each column.
         value: ``nll``, ``l2_half_sq``, ``l2_sum_norm``, ``nll+l2_half_sq``, ``nll+l2_sum_norm``, ``accuracy`` or ``ece``;
             by default the official surface for the official preset, else ``nll``.
         kind: ``surface``, ``contour`` or ``both``.
-        log: a logarithmic scale; by default for surfaces that span more than a ratio of 20.
+        log: A logarithmic scale; by default for surfaces that span more than a ratio of 20.
 
     Raises:
-        ValueError: an unknown value or kind.
+        ValueError: An unknown value or kind.
     """
     value = _value(results, value)
     if kind not in ("surface", "contour", "both"):
@@ -79,11 +79,11 @@ def plotly_loss_landscape(results: Mapping[str, LossLandscapeResult], *, value: 
     """Return the interactive surfaces, one scene a result, with a menu of the measured values.
 
     Args:
-        results: results by the name shown above each scene.
-        value: field that is shown first; see `loss_landscape`.
+        results: Results by the name shown above each scene.
+        value: Field that is shown first; see `loss_landscape`.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError: An unknown value.
     """
     first = _value(results, value)
     figure = make_subplots(

@@ -55,9 +55,9 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
             there: such a rise says how wrong a broken model is, not how flat the minimum.
         worst_rise: (n_radii,) the largest rise found in the ball of that radius; NaN at saturated radii.
         worst_rise_by_start: (n_radii, n_starts) the largest rise found from each start.
-        nll_center: the model's own nll.
-        accuracy_center: the model's own accuracy.
-        n_nonfinite: the number of points whose nll is NaN or infinite.
+        nll_center: The model's own nll.
+        accuracy_center: The model's own accuracy.
+        n_nonfinite: The number of points whose nll is NaN or infinite.
         adaptive_measures: (n_adaptive,) adaptive measures, one name for each measured radius.
         adaptive_radii: (n_adaptive,) their radii, relative to the scales of the weights.
         adaptive_rise: (n_adaptive,) mean rise of the loss over groups of ``m_images`` images, nats. Of a worst case it is a lower
@@ -68,7 +68,7 @@ class SharpnessResult(Result, coordinates={"radius": "radii"}):
         adaptive_rise_by_group: (n_adaptive, n_groups) each group's rise.
         adaptive_late_share: (n_adaptive,) the share of the rise that the last quarter of the steps added: near 0 where the
             ascent has converged; NaN for averages.
-        card: the objective card.
+        card: The objective card.
     """
 
     radii: np.ndarray
@@ -187,29 +187,29 @@ def sharpness(
     and after the move, so that the scale of the last layer does not count.
 
     Args:
-        probe: the model and its frozen batches.
-        radii: distances, positive.
-        n_pairs: pairs of directions, at least 20 for a claim; and pairs of opposite normal points of the adaptive averages.
+        probe: The model and its frozen batches.
+        radii: Distances, positive.
+        n_pairs: Pairs of directions, at least 20 for a claim; and pairs of opposite normal points of the adaptive averages.
         normalization: ``filter`` or ``layer``.
-        ignore: parameters that stay (see `vitscope.linalg.weights.directions.moving`).
-        n_steps: number of steps of gradient ascent; 0 leaves the worst rise out.
-        n_starts: random starts of the ascent; of APGD the weights themselves are the first.
-        seed: seed of directions, starts and normal points.
+        ignore: Parameters that stay (see `vitscope.linalg.weights.directions.moving`).
+        n_steps: Number of steps of gradient ascent; 0 leaves the worst rise out.
+        n_starts: Random starts of the ascent; of APGD the weights themselves are the first.
+        seed: Seed of directions, starts and normal points.
         bn: ``eval`` or ``recalibrate``, for the mean; the ascent and the adaptive measures use running statistics.
-        adaptive: some of ``elementwise_l2``, ``elementwise_linf``, ``elementwise_average``, ``filter_l2``, ``filter_linf`` and
+        adaptive: Some of ``elementwise_l2``, ``elementwise_linf``, ``elementwise_average``, ``filter_l2``, ``filter_linf`` and
             ``filter_average``; none by default.
-        l2_radii: radii of the L2 balls; a few of those of the paper, as for the other balls.
-        linf_radii: radii of the Linf balls.
-        average_radii: standard deviations, in units of the scales.
-        m_images: images of each group, in the order of the batches; those beyond the last whole group are left out.
-        ascent_steps: steps of APGD (the paper's code takes 20).
-        logit_normalization: normalize the logits in the adaptive measures.
+        l2_radii: Radii of the L2 balls; a few of those of the paper, as for the other balls.
+        linf_radii: Radii of the Linf balls.
+        average_radii: Standard deviations, in units of the scales.
+        m_images: Images of each group, in the order of the batches; those beyond the last whole group are left out.
+        ascent_steps: Steps of APGD (the paper's code takes 20).
+        logit_normalization: Normalize the logits in the adaptive measures.
         dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent and the adaptive measures never run in half
             precision.
-        partial: finished points; new ones are stored as soon as they are measured.
+        partial: Finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: an unknown option, no pair, or a radius that is not positive.
+        ValueError: An unknown option, no pair, or a radius that is not positive.
     """
     radii = tuple(float(r) for r in radii)
     if not radii or min(radii) <= 0 or n_pairs < 1 or n_steps < 0 or n_starts < 1:

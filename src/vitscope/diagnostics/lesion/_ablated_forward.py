@@ -34,11 +34,11 @@ def batch_by_batch(
     block that the lesion changes; only if all logits are equal, bit for bit, are the other batches measured that way.
 
     Args:
-        probe: model and images.
-        model: the guarded model.
-        units: all units of the model, to start lesioned passes at the block they change; empty for full passes.
-        lesions: the lesions.
-        partial: finished batches.
+        probe: Model and images.
+        model: The guarded model.
+        units: All units of the model, to start lesioned passes at the block they change; empty for full passes.
+        lesions: The lesions.
+        partial: Finished batches.
     """
     plan = _PassPlan(units)
     for index, batch in track(probe.local_batches(), "lesion"):
@@ -59,8 +59,8 @@ class _PassPlan:
         """Return losses and correctness ``(1 + n_lesions, B)`` of one batch.
 
         Args:
-            passes: the forward passes of the batch.
-            has_successor: whether this rank measures another batch, for which a comparison of both ways pays.
+            passes: The forward passes of the batch.
+            has_successor: Whether this rank measures another batch, for which a comparison of both ways pays.
         """
         if self.units and not self.verified and has_successor:
             (losses, correct), difference = passes.compared(self.units)

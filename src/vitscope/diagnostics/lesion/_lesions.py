@@ -18,10 +18,10 @@ class Lesion:
     """Something that can be removed.
 
     Attributes:
-        removal: one of `REMOVALS`.
-        name: name of the unit (``blocks.1.attn``), the group (``stage 1 msa``) or the head (``blocks.1.attn head 0``).
-        first: the first unit it touches: what comes before this unit's block is as in the whole model.
-        removed: makes the context in which it is removed.
+        removal: One of `REMOVALS`.
+        name: Name of the unit (``blocks.1.attn``), the group (``stage 1 msa``) or the head (``blocks.1.attn head 0``).
+        first: The first unit it touches: what comes before this unit's block is as in the whole model.
+        removed: Makes the context in which it is removed.
     """
 
     removal: str
@@ -41,7 +41,7 @@ def lesions(units: Sequence[Unit], removals: Sequence[str]) -> list[Lesion]:
     """Return every lesion of the chosen kinds, in the order of the units they begin at.
 
     Raises:
-        ValueError: the model has none of them.
+        ValueError: The model has none of them.
     """
     all_lesions: list[Lesion] = []
     for unit in units:

@@ -64,11 +64,11 @@ class LesionResult(
         head_accuracy_half_width: (n_head_units,) see ``accuracy_half_width``.
         head_nll_change: (n_head_units,) see ``nll_change``.
         head_nll_half_width: (n_head_units,) see ``nll_half_width``.
-        accuracy: accuracy of the whole model.
-        nll: nll of the whole model, in nats.
-        n_images: images measured.
+        accuracy: Accuracy of the whole model.
+        nll: NLL of the whole model, in nats.
+        n_images: Images measured.
         bn: ``eval`` or ``recalibrate``.
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     units: tuple[str, ...]
@@ -133,18 +133,18 @@ def lesion(
     stage; ``head`` single heads. Source: Park and Kim (2022), Fig 10b; docs/definitions.md section 7.
 
     Args:
-        probe: model and images.
-        removals: ways of removing parts, some of the four above; ``branch_zero`` is always among them.
+        probe: Model and images.
+        removals: Ways of removing parts, some of the four above; ``branch_zero`` is always among them.
         bn: ``eval`` keeps BatchNorm's running statistics; ``recalibrate`` recomputes them for each lesion, and for the
             whole model, as the average over the probe's batches.
-        cache: start each lesioned pass at the block it changes, from the activations of a whole pass, where the first batch
+        cache: Start each lesioned pass at the block it changes, from the activations of a whole pass, where the first batch
             shows that this gives the logits of full passes bit for bit; else a warning says that full passes are made. Off
             with ``recalibrate``, where the statistics before the block change as well, and for a single batch.
-        units: the residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
-        partial: finished batches, see `vitscope.core.weight_space`.
+        units: The residual units, for a model that `vitscope.models.structure.residual_units.units` does not know.
+        partial: Finished batches, see `vitscope.core.weight_space`.
 
     Raises:
-        ValueError: an unknown removal or BatchNorm policy, a model without residual units, or a unit that does not run.
+        ValueError: An unknown removal or BatchNorm policy, a model without residual units, or a unit that does not run.
     """
     check_image_losses(probe, "lesion")
     if bn not in BN_POLICIES:

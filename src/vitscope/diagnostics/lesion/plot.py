@@ -32,11 +32,11 @@ def lesion(results: Mapping[str, LesionResult], *, value: str = "accuracy") -> F
     few to tell single units apart.
 
     Args:
-        results: one or more results by name.
+        results: One or more results by name.
         value: ``accuracy`` or ``nll``.
 
     Raises:
-        ValueError: an unknown value.
+        ValueError: An unknown value.
     """
     if value not in VALUES:
         raise ValueError(f"Expected value to be one of {', '.join(VALUES)}, received {value!r}.")

@@ -30,8 +30,8 @@ class Components:
         ratio: (n_components,) share of the variance of all channels.
         variance_without: (n_groups, n_components) without the images of a group.
         ratio_without: (n_groups, n_components) likewise.
-        n_vectors: number of vectors.
-        reason: why there are none; '' where there are.
+        n_vectors: Number of vectors.
+        reason: Why there are none; '' where there are.
     """
 
     mean: np.ndarray

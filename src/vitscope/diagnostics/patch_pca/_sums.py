@@ -21,9 +21,9 @@ class PatchSums:
     """Sums that are kept between batches; memory does not depend on the number of images.
 
     Args:
-        names: names of the chosen taps.
-        n_shown: first images whose features are kept.
-        choice: function that tells which patches count, by the index of the chosen tap and its map; None for all.
+        names: Names of the chosen taps.
+        n_shown: First images whose features are kept.
+        choice: Function that tells which patches count, by the index of the chosen tap and its map; None for all.
     """
 
     def __init__(self, names: Sequence[str], n_shown: int, choice: PatchChoice | None = None) -> None:

@@ -66,10 +66,10 @@ class PatchPcaResult(
         alignment: (n_taps, n_components, 3) orthogonal matrix that was applied to the scores; the identity without a reference.
         alignment_r2: (n_taps,) squared Procrustes correlation with the reference; NaN without one.
         images: (n_shown, H, W, 3) uint8, the first images.
-        foreground: threshold on the first component in standard deviations; NaN without one.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        foreground: Threshold on the first component in standard deviations; NaN without one.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -153,18 +153,18 @@ def patch_pca(
     One forward pass, shared with other measures of feature maps; a second one with ``foreground``.
 
     Args:
-        probe: model, images and taps.
-        images: first images that are colored.
+        probe: Model, images and taps.
+        images: First images that are colored.
         taps: ``last``, ``stages`` (the last tap of each), ``all``, or names.
-        foreground: threshold on the score of the first component in its standard deviations, such as 0: components are then
+        foreground: Threshold on the score of the first component in its standard deviations, such as 0: components are then
             those of the patches above it alone, and the others are black. The sign is that for which the border of the images
             scores lower than the average patch.
-        reference: a result of another model for the same images, or the path of a saved one: scores are rotated by the
+        reference: A result of another model for the same images, or the path of a saved one: scores are rotated by the
             orthogonal matrix that brings them nearest to those of the reference's last tap (Procrustes).
-        level: coverage of the t-intervals over images.
+        level: Coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap or an unknown one, maps whose shape changes, maps without a position inside of their border and a
+        ValueError: No tap or an unknown one, maps whose shape changes, maps without a position inside of their border and a
             foreground, or a reference with other images.
     """
     aligned_to = _reference(reference)
@@ -289,7 +289,7 @@ def _aligned(result: PatchPcaResult, reference: PatchPcaResult) -> PatchPcaResul
     """Return the result with its scores rotated to those of the reference's last tap.
 
     Raises:
-        ValueError: the reference shows other images.
+        ValueError: The reference shows other images.
     """
     n, n_reference = len(result.scores[-1]), len(reference.scores[-1])
     if n != n_reference or not _show_same(result.images, reference.images):

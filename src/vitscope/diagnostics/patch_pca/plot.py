@@ -26,11 +26,11 @@ def patch_pca(results: Mapping[str, PatchPcaResult], *, images: int = 8) -> Figu
     the same only where one was aligned to the other.
 
     Args:
-        results: results by the name beside the rows.
-        images: largest number of images to show, of those that the results show.
+        results: Results by the name beside the rows.
+        images: Largest number of images to show, of those that the results show.
 
     Raises:
-        ValueError: fewer than one image.
+        ValueError: Fewer than one image.
     """
     if images < 1:
         raise ValueError(f"Expected images of at least 1, received {images}.")

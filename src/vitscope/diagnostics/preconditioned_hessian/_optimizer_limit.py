@@ -20,14 +20,14 @@ class OptimizerLimit:
     """Stability limit of an optimizer, and the operator whose largest eigenvalue it bounds.
 
     Attributes:
-        threshold: the limit; NaN where it is unknown.
-        formula: formula of the threshold, or the reason why it is unknown.
-        lr: learning rate of the next step.
-        optimizer: class of the optimizer, with SAM around it.
-        preconditioner: name of P.
+        threshold: The limit; NaN where it is unknown.
+        formula: Formula of the threshold, or the reason why it is unknown.
+        lr: Learning rate of the next step.
+        optimizer: Class of the optimizer, with SAM around it.
+        preconditioner: Name of P.
         scale: P by parameter name; None for the identity.
-        decay: coupled decay by parameter name; None leaves the objective's own L2 term.
-        l2: name of the L2 term on the card.
+        decay: Coupled decay by parameter name; None leaves the objective's own L2 term.
+        l2: Name of the L2 term on the card.
     """
 
     threshold: float
@@ -44,11 +44,11 @@ def limit_of(state: OptimizerState | None, operator: Curvature) -> OptimizerLimi
     """Return the limit of an optimizer's next step; NaN with the reason where none is known.
 
     Args:
-        state: the optimizer at the point measured; None where there is none.
-        operator: the Hessian, whose gradient SAM's limit takes the norm of.
+        state: The optimizer at the point measured; None where there is none.
+        operator: The Hessian, whose gradient SAM's limit takes the norm of.
 
     Raises:
-        CheckpointError: a state that no optimizer writes.
+        CheckpointError: A state that no optimizer writes.
     """
     if state is None:
         return _unknown("no optimizer was given (optimizer=)", float("nan"), "", None)

@@ -29,7 +29,7 @@ def flat_values(operators: Curvatures, values: Mapping[str, float]) -> Tensor:
     """Return one number a parameter, expanded to ``(size,)``.
 
     Raises:
-        ValueError: a parameter without a number, which the optimizer does not train.
+        ValueError: A parameter without a number, which the optimizer does not train.
     """
     if missing := [name for name, p in operators.parameters.items() if whole_name(name, p) not in values]:
         raise _untrained(missing[0])

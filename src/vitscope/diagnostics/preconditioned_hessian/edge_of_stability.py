@@ -57,13 +57,13 @@ class EdgeOfStabilityResult(Result, coordinates={"step": "steps"}, untabulated=(
         overlap: (n_steps,) share of the subspace of the first k eigenvectors that lies in that of the step measured before,
             |V_before V^T|_F^2 / k; NaN where there is none.
         n_products: (n_steps,) products with H.
-        optimizer: the optimizer's class, with SAM around it; empty where none is known.
+        optimizer: The optimizer's class, with SAM around it; empty where none is known.
         preconditioner: ``identity`` where P is none, else ``adamw`` (also of Adam), ``nadam``, ``rmsprop``, ``adagrad`` or, of
             several groups of SGD, ``groups``.
-        formula: formula of the limit at the last step, or the reason why it is unknown.
+        formula: Formula of the limit at the last step, or the reason why it is unknown.
         eigenvectors: (k, size) of H at the last step; (0, 0) in a result that was read from a run folder.
         scaled_eigenvector: (size,) of P^-1/2 H P^-1/2 at the last step; (0,) likewise, and where P is none.
-        card: conditions of the last step.
+        card: Conditions of the last step.
     """
 
     steps: np.ndarray
@@ -157,13 +157,13 @@ def edge_of_stability(
     A training measures it with ``experiment=edge_of_stability``; there ``previous`` and ``step`` are the run's.
 
     Args:
-        probe: the model, batches and objective; the eigenvalues are those of the mean over all batches. These may be all images
+        probe: The model, batches and objective; the eigenvalues are those of the mean over all batches. These may be all images
             of the training set, which are gone through one batch, or ``micro_batch`` images, at a time.
-        k: number of eigenvalues, and dimension of the subspace that is compared with the one before.
-        optimizer: optimizer of the model; None for that of the run's checkpoint.
-        step: number of optimizer steps that the weights have made; None for what the run states, without a run for the number of
+        k: Number of eigenvalues, and dimension of the subspace that is compared with the one before.
+        optimizer: Optimizer of the model; None for that of the run's checkpoint.
+        step: Number of optimizer steps that the weights have made; None for what the run states, without a run for the number of
             entries so far.
-        previous: result of the step measured before, whose entries are kept; None begins a series. For the same step it is
+        previous: Result of the step measured before, whose entries are kept; None begins a series. For the same step it is
             returned as it is.
         warm_start: False begins each search at the gradient, as `hessian_eigenvalues` does; True at the eigenvectors of
             ``previous``, and goes on until it is unlikely that a larger eigenvalue was passed over, which takes more products the
@@ -173,10 +173,10 @@ def edge_of_stability(
             the edge changes; ``max_products`` is the budget of a search: values that it cuts short are marked.
 
     Raises:
-        ValueError: a step before the last one of ``previous``, or a ``previous`` with another k or parameters; and as
+        ValueError: A step before the last one of ``previous``, or a ``previous`` with another k or parameters; and as
             `hessian_eigenvalues`.
-        CheckpointError: an optimizer state that is damaged.
-        NumericalError: a loss that is not finite.
+        CheckpointError: An optimizer state that is damaged.
+        NumericalError: A loss that is not finite.
 
     Source: Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability (2021); Adaptive gradient
         methods at the edge of stability (2022).

@@ -34,9 +34,9 @@ class NormalizedHessianResult(Result):
         residuals: (k,).
         errors: (k,) estimates of the distance to the eigenvalue.
         converged: (k,) booleans.
-        n_products: products with the Hessian.
-        n_moving: parameters that ``ignore`` leaves to move.
-        card: conditions of the measurement.
+        n_products: Products with the Hessian.
+        n_moving: Parameters that ``ignore`` leaves to move.
+        card: Conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -103,18 +103,18 @@ def normalized_hessian(
     What ``ignore`` leaves out does not move: the block of H that belongs to the others is as invariant as the whole.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        k: number of eigenvalues (``n_top`` is accepted too).
+        probe: The model, batches and objective; batches are split over ranks.
+        k: Number of eigenvalues (``n_top`` is accepted too).
         which: ``LM``, ``LA``, ``SA`` or ``both``.
         normalization: ``weight`` or ``filter``, see above.
-        ignore: parameters that do not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
+        ignore: Parameters that do not move, as for the landscape: ``bias_bn`` (one-dimensional parameters and position tables).
         curvature: ``tol``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: an unknown normalization, or weights that are made from parameters (weight norm, spectral norm); and as
+        ValueError: An unknown normalization, or weights that are made from parameters (weight norm, spectral norm); and as
             `hessian_eigenvalues`.
-        NumericalError: a loss that is not finite.
+        NumericalError: A loss that is not finite.
 
     Source: D = diag(|w|) is that of Kwon et al., ASAM (ICML 2021), element-wise; filter norms of Li et al. (NeurIPS 2018),
     section 4.

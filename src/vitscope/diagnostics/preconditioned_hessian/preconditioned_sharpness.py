@@ -39,17 +39,17 @@ class PreconditionedSharpnessResult(Result):
         eigenvalues: (k,) the largest, descending.
         residuals: (k,) of the symmetric form P^-1/2 H P^-1/2.
         converged: (k,) booleans.
-        threshold: above it the linearized full-batch iteration with frozen second moments diverges, see
+        threshold: Above it the linearized full-batch iteration with frozen second moments diverges, see
             `vitscope.linalg.optimizer_stability`: 2 (1 + beta1) / ((1 - beta1) lr) for Adam and AdamW (38 / lr for beta1 = 0.9),
             2 (1 + m) / lr for SGD with momentum m (3.8 / lr for 0.9). NaN where it is unknown, infinite at rate 0.
-        ratio: largest eigenvalue / threshold; NaN where that is unknown.
-        lr: the learning rate, NaN where it is unknown.
-        beta1: the momentum coefficient, NaN where it is unknown or there is none.
+        ratio: Largest eigenvalue / threshold; NaN where that is unknown.
+        lr: The learning rate, NaN where it is unknown.
+        beta1: The momentum coefficient, NaN where it is unknown or there is none.
         preconditioner: ``adamw`` (also of Adam), ``identity`` (also of SGD), ``nadam``, ``rmsprop`` or ``adagrad``.
-        n_products: products with the Hessian.
-        optimizer: the optimizer's class, empty where none is known.
-        limit: the threshold's formula, or why it is unknown.
-        card: conditions of the measurement.
+        n_products: Products with the Hessian.
+        optimizer: The optimizer's class, empty where none is known.
+        limit: The threshold's formula, or why it is unknown.
+        card: Conditions of the measurement.
     """
 
     eigenvalues: np.ndarray
@@ -110,21 +110,21 @@ def preconditioned_sharpness(
     an optimizer, H is the objective's, and P its ``decay_scale`` (AdamW's frozen sqrt(v) + eps) where there is one.
 
     Args:
-        probe: the model, batches and objective; batches are split over ranks.
-        optimizer: optimizer of the model, at the point measured; None for that of the checkpoint the probe was made from.
-        lr: the learning rate in place of the optimizer's; without an optimizer, None leaves the threshold out.
-        beta1: only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
+        probe: The model, batches and objective; batches are split over ranks.
+        optimizer: Optimizer of the model, at the point measured; None for that of the checkpoint the probe was made from.
+        lr: The learning rate in place of the optimizer's; without an optimizer, None leaves the threshold out.
+        beta1: Only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
             leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
-        k: number of eigenvalues (``n_top`` is accepted too).
+        k: Number of eigenvalues (``n_top`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,
             ``seed``: see `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
         ValueError: ``adamw`` without its state, an ``lr`` that is not positive, ``beta1`` outside [0, 1); and as
             `hessian_eigenvalues`.
-        CheckpointError: an optimizer state that is damaged.
-        NumericalError: a loss that is not finite.
+        CheckpointError: An optimizer state that is damaged.
+        NumericalError: A loss that is not finite.
 
     Source: Cohen et al., Adaptive gradient methods at the edge of stability (2022).
     """

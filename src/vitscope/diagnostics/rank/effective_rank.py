@@ -38,8 +38,8 @@ class EffectiveRankResult(Result, coordinates=TAP_COORDINATES):
         participation_ratio: (n_taps,) squared sum over sum of squares of the covariance's eigenvalues; NaN likewise.
         spectrum: (n_taps, channels) one array per tap: eigenvalues of the covariance, descending, summing to 1; NaN likewise.
         n_samples: (n_taps,) feature vectors: images times positions.
-        n_images: images used.
-        card: conditions of the measurement.
+        n_images: Images used.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -84,11 +84,11 @@ def effective_rank(probe: Probe, *, positions: PositiveInt | None = 16) -> Effec
     number of samples less one, so images should number several times the channels over the positions.
 
     Args:
-        probe: model, images and taps.
-        positions: largest number of positions of a map, drawn once, to keep the sums cheap; None for all.
+        probe: Model, images and taps.
+        positions: Largest number of positions of a map, drawn once, to keep the sums cheap; None for all.
 
     Raises:
-        ValueError: a probe without taps, fewer than one position, fewer than two feature vectors, or a tap that was not reached.
+        ValueError: A probe without taps, fewer than one position, fewer than two feature vectors, or a tap that was not reached.
     """
     sums = accumulate(probe, positions=positions)
     run_feature_pass(probe, [sums], "effective rank")

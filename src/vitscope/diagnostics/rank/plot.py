@@ -21,8 +21,8 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
     Bands mark attention (gray) and pooling (blue) where a single result is drawn.
 
     Args:
-        results: one or more results by name.
-        share: divide by the number of channels, so that stages of different widths compare.
+        results: One or more results by name.
+        share: Divide by the number of channels, so that stages of different widths compare.
     """
     canvas = new_canvas(COLUMN_WIDTH, 3.8)
     axes = canvas.grid(2, 1, sharex=True)[:, 0]

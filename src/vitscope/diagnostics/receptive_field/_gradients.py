@@ -49,9 +49,9 @@ class FieldsOfTaps:
         radius_without: (n_groups, n_taps, n_radius_shares) without the images of a group.
         area_without: (n_groups, n_taps, n_area_shares) likewise.
         coherence: (n_taps,) coherence of the channels' gradients in the first batch, NaN where it is not measured.
-        reasons: why taps are null, by name.
-        n_images: number of images.
-        dtype: type of the gradients.
+        reasons: Why taps are null, by name.
+        n_images: Number of images.
+        dtype: Type of the gradients.
     """
 
     map_sizes: np.ndarray
@@ -75,7 +75,7 @@ def measure_fields(
     """Return the fields of taps; arguments are those of `effective_receptive_field`.
 
     Raises:
-        ValueError: images or maps whose size changes, or weights that cannot be differentiated.
+        ValueError: Images or maps whose size changes, or weights that cannot be differentiated.
     """
     refuse_unfit_weights(probe.model, differentiated=True)
     sums = _Sums(taps, contribution)
@@ -102,10 +102,10 @@ def field_pass(
     """Yield the functions that read the fields of one batch and evaluate them, as `measure_fields` does, to time them.
 
     Args:
-        probe: Of one batch.
-        taps: As for `measure_fields`, and likewise ``contribution``.
-        contribution: Of a pixel.
-        number: Of the batch: the first one, 0, has further gradients.
+        probe: A probe of one batch.
+        taps: Those of `measure_fields`.
+        contribution: That of `measure_fields`.
+        number: Number of the batch: the first one, 0, has further gradients.
     """
     sums = _Sums(taps, contribution)
     half = probe.dtype in (torch.bfloat16, torch.float16)

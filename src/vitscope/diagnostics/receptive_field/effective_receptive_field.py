@@ -80,10 +80,10 @@ class EffectiveReceptiveFieldResult(
         radius_change: (n_taps, n_radius_shares) radius minus initial radius.
         radius_change_half_width: (n_taps, n_radius_shares) half its t-interval, both models with the same images.
         reference: ``initial`` where an initial model was measured, else ``none``.
-        n_backward: backward passes over all images.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        n_backward: Backward passes over all images.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
         channel_coherence: (n_taps,) squared gradient of the channels' sum over the sum of the channels' squared gradients, in the
             first batch: near 0 where the gradients of channels cancel. None for other contributions than ``squared``.
     """
@@ -208,20 +208,20 @@ def effective_receptive_field(
     linear between them. Intervals are those of the jackknife over ten groups of images.
 
     Args:
-        probe: model, images and taps.
+        probe: Model, images and taps.
         taps: ``stages``, the last tap of each stage (one of a model without stages); ``last``; ``all``; or names of taps.
-        contribution: measure of a pixel's contribution: ``squared``, as above; ``channels``, ``sum_k sum_c (d F[k, h // 2, w //
+        contribution: Measure of a pixel's contribution: ``squared``, as above; ``channels``, ``sum_k sum_c (d F[k, h // 2, w //
             2] / d x[c])^2``, where gradients of channels cannot cancel, estimated without bias by one draw of random signs of
             the channels for each image; or ``positive``, that of Ding et al.: ``sum_c relu(d sum_k relu(F[k, h // 2, w // 2]) /
             d x[c])``.
-        center: center of radii and squares: ``mass``, the field's center of mass in half pixels; or ``cell``, the center of the
+        center: Center of radii and squares: ``mass``, the field's center of mass in half pixels; or ``cell``, the center of the
             position's cell, from which strided convolutions shift the field by up to half a cell.
-        area_shares: shares of the field for which the smallest square is sought; those of Ding et al.
-        initial: the model before training, measured on the same images (a run supplies it).
-        level: coverage of the t-intervals over images.
+        area_shares: Shares of the field for which the smallest square is sought; those of Ding et al.
+        initial: The model before training, measured on the same images (a run supplies it).
+        level: Coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap, an unknown one, a share outside of (0, 1), an unknown contribution or center, images of several
+        ValueError: No tap, an unknown one, a share outside of (0, 1), an unknown contribution or center, images of several
             sizes, batches of more than images, or an initial model of another architecture.
     """
     check_images(probe, "effective_receptive_field")
@@ -260,7 +260,7 @@ def _initial_probe(probe: Probe, initial: nn.Module, taps: Sequence[Tap]) -> tup
     """Return a probe of the initial model with the same images, and the same places of it.
 
     Raises:
-        ValueError: it has no module of a tap's name.
+        ValueError: It has no module of a tap's name.
     """
     if any(p.device != probe.device for p in initial.parameters()):
         initial = copy.deepcopy(initial).to(probe.device)  # the caller's stays where it is

@@ -41,12 +41,12 @@ def effective_receptive_field(results: Mapping[str, EffectiveReceptiveFieldResul
     """Draw the fields on one color scale and one scale of pixels, with the radii of 50, 90 and 99 %, or the radii over depth.
 
     Args:
-        results: results by the name in the title or legend.
+        results: Results by the name in the title or legend.
         view: ``last``, the last tap of each model, below it the trained minus the initial field where one was measured;
             ``taps``, a row a model with all of its taps; ``depth``, the radii over depth.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: An unknown view.
     """
     if view not in VIEWS:
         raise ValueError(f"Expected view to be one of {', '.join(VIEWS)}, received {view!r}.")

@@ -21,7 +21,7 @@ def tap_table(results: Mapping[str, TapTableResult]) -> Figure:
     Hollow points are units that add to no residual stream.
 
     Args:
-        results: one or more results by name.
+        results: One or more results by name.
     """
     has_units = any(len(result.units) for result in results.values())
     n_rows = 3 if has_units else 2

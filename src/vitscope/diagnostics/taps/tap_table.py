@@ -46,7 +46,7 @@ class TapTableResult(Result, coordinates=COORDINATES):
         stages: (n_taps,) stage numbers, 0 for the stem.
         depths: (n_taps,) normalized depth in [0, 1].
         shapes: (n_taps, 3) channels, height and width of the maps; 0 where the forward pass does not come by.
-        n_units: residual units that vitscope knows in the model; with none, its taps follow convolutions and pooling.
+        n_units: Residual units that vitscope knows in the model; with none, its taps follow convolutions and pooling.
         units: (n_structure_units) names of residual units and of layers between them; without residual units, of convolutions
             and pooling.
         unit_kinds: (n_structure_units) ``conv msa mlp pool``.
@@ -55,7 +55,7 @@ class TapTableResult(Result, coordinates=COORDINATES):
         unit_branches: (n_structure_units) ``residual`` where lesions and branch measures reach the unit, ``residual, returned by
             no module`` where its branch can neither be read nor removed, ``not residual`` where it adds to no stream.
         uncovered: (n_uncovered) what belongs to no unit, in words; measures that compare kinds refuse such a model.
-        card: conditions of the measurement.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -125,7 +125,7 @@ def tap_table(probe: Probe) -> TapTableResult:
     Under ``torch.distributed`` every rank looks at the same image, so no rank waits for another.
 
     Raises:
-        ValueError: a model without a tap.
+        ValueError: A model without a tap.
     """
     probe.check_taps()
     shapes = np.zeros((len(probe.taps), 3), dtype=int)

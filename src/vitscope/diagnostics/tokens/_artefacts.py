@@ -23,9 +23,9 @@ class Artefacts:
     """Tokens of one tap above a threshold.
 
     Attributes:
-        threshold: norm above which a token is an artefact; NaN where no norm is positive and finite.
-        share: mean over images of the share of an image's tokens above it.
-        share_half_width: half its t-interval; NaN with fewer than 128 images, or fewer than 10 with an artefact.
+        threshold: Norm above which a token is an artefact; NaN where no norm is positive and finite.
+        share: Mean over images of the share of an image's tokens above it.
+        share_half_width: Half its t-interval; NaN with fewer than 128 images, or fewer than 10 with an artefact.
         above: (n_images, n_tokens) whether a token is an artefact.
         frequency: (n_tokens,) share of images whose token at a position is an artefact.
         bimodality: Sarle's coefficient of the logarithms of all norms.
@@ -44,8 +44,8 @@ def artefacts(norms: np.ndarray, threshold: float | None, level: float) -> Artef
 
     Args:
         norms: (n_images, n_tokens) of one tap.
-        threshold: norm above which a token is an artefact; None for `robust_threshold`.
-        level: coverage of the interval.
+        threshold: Norm above which a token is an artefact; None for `robust_threshold`.
+        level: Coverage of the interval.
     """
     logs = _logarithms(norms)
     limit = robust_threshold(logs) if threshold is None else float(threshold)

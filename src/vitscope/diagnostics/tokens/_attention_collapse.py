@@ -19,9 +19,9 @@ class AttentionCollapse:
     """Means over images of one unit; positions alone count, prefix tokens and padding are left out and rows sum to 1 again.
 
     Attributes:
-        head_nmi: normalized mutual information of query and key positions, of each head.
-        nmi: mean over heads of the normalized mutual information.
-        head_similarity: mean cosine of the attention of each pair of heads.
+        head_nmi: Normalized mutual information of query and key positions, of each head.
+        nmi: Mean over heads of the normalized mutual information.
+        head_similarity: Mean cosine of the attention of each pair of heads.
     """
 
     def __init__(self, unit: AttentionUnit) -> None:
@@ -93,8 +93,8 @@ def normalized_mutual_information(p: Tensor, n_queries: Tensor) -> Tensor:
     alike, also where they attend to a single key. NaN for one query.
 
     Args:
-        p: rows sum to 1, or to 0 for queries that do not count.
-        n_queries: queries that count, of the leading shape of p or to be broadcast to it.
+        p: Rows sum to 1, or to 0 for queries that do not count.
+        n_queries: Queries that count, of the leading shape of p or to be broadcast to it.
     """
     return _normalized_information(p.sum(-2), row_entropies(entropy_terms(p)), n_queries)
 
@@ -144,9 +144,9 @@ def layer_cosines(attention: Mapping[int, Tensor], groups: Sequence[Sequence[int
     """Return the cosines of the attention of units ``(B, n_units, n_units)``; NaN between those of different groups.
 
     Args:
-        attention: each unit's attention, mean over heads, ``(B, n)``.
-        groups: units that can be compared.
-        n_units: number of units.
+        attention: Each unit's attention, mean over heads, ``(B, n)``.
+        groups: Units that can be compared.
+        n_units: Number of units.
     """
     first = next(iter(attention.values()))
     cosines = first.new_full((len(first), n_units, n_units), torch.nan)

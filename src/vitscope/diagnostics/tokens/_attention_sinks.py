@@ -21,10 +21,10 @@ class AttentionSinks:
     All values are relative to equal attention: the weight of a key, averaged over heads and queries, times the number of keys.
 
     Attributes:
-        patch: attention received by each position of the map of keys, kept.
-        prefix: attention received by each prefix token.
-        largest: largest attention received by one token of an image.
-        on_prefix: whether that token is a prefix token.
+        patch: Attention received by each position of the map of keys, kept.
+        prefix: Attention received by each prefix token.
+        largest: Largest attention received by one token of an image.
+        on_prefix: Whether that token is a prefix token.
     """
 
     def __init__(self, unit: AttentionUnit, norm_images: int | None) -> None:
@@ -74,11 +74,11 @@ def sink_fields(
     """Return the fields of the result that tell about attention.
 
     Args:
-        sinks: sums of each unit.
-        taps: names of the taps.
+        sinks: Sums of each unit.
+        taps: Names of the taps.
         above: (n_norm_images, n_tokens) of each tap, whether a patch token is an artefact.
-        n_prefix: number of prefix tokens of the model.
-        level: coverage of the intervals.
+        n_prefix: Number of prefix tokens of the model.
+        level: Coverage of the intervals.
     """
     prefix, largest, on_prefix = estimate_lists(
         [[unit.prefix for unit in sinks], [unit.largest for unit in sinks], [unit.on_prefix for unit in sinks]], level

@@ -29,7 +29,7 @@ def rank1_residual(x: Tensor, norm: str) -> Tensor:
     """Return ``|X - 1 m'| / |X|`` with the mean token m of each image of ``x (B, C, h, w)``: ``(B,)`` in float64.
 
     Args:
-        x: tokens of each image, one a position.
+        x: Tokens of each image, one a position.
         norm: ``frobenius``, of which the mean is the minimizer; or ``composite``, ``sqrt(|X|_1 |X|_inf)`` of the largest sums of
             magnitudes over tokens and over channels.
     """

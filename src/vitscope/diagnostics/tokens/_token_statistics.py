@@ -23,7 +23,7 @@ class KeptRows:
     """Rows of the first images, in the order of the images, whichever rank saw them.
 
     Args:
-        limit: images whose rows are kept; None for all.
+        limit: Images whose rows are kept; None for all.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -84,8 +84,8 @@ class TapFacts(NamedTuple):
 
     Attributes:
         shape: (C, h, w) of its maps; zeros where no rank has seen one.
-        n_prefix: number of its prefix tokens.
-        zero_medians: number of images whose median magnitude is zero.
+        n_prefix: Number of its prefix tokens.
+        zero_medians: Number of images whose median magnitude is zero.
     """
 
     shape: tuple[int, ...]
@@ -109,18 +109,18 @@ class TapSums:
 
     Attributes:
         shape: (C, h, w) of its maps; None before the first.
-        n_prefix: number of its prefix tokens.
-        patch: norms of its patch tokens or positions, kept.
-        prefix: norms of its prefix tokens, kept.
-        norm: mean norm of an image's patch tokens.
-        prefix_norm: norm of each prefix token, mean over images.
-        channel: root mean square of each channel over positions.
-        peak: largest magnitude of each channel over all tokens.
-        largest: largest magnitude of an image.
-        ratio: the largest magnitude over the median magnitude.
-        massive: whether an image has a massive activation.
-        on_prefix: whether the largest magnitude is one of a prefix token.
-        zero_medians: number of images whose median magnitude is zero.
+        n_prefix: Number of its prefix tokens.
+        patch: Norms of its patch tokens or positions, kept.
+        prefix: Norms of its prefix tokens, kept.
+        norm: Mean norm of an image's patch tokens.
+        prefix_norm: Norm of each prefix token, mean over images.
+        channel: Root mean square of each channel over positions.
+        peak: Largest magnitude of each channel over all tokens.
+        largest: Largest magnitude of an image.
+        ratio: The largest magnitude over the median magnitude.
+        massive: Whether an image has a massive activation.
+        on_prefix: Whether the largest magnitude is one of a prefix token.
+        zero_medians: Number of images whose median magnitude is zero.
     """
 
     def __init__(self, norm_images: int | None, positions: int | None) -> None:
@@ -178,8 +178,8 @@ def median_magnitude(x: Tensor, positions: int | None) -> Tensor:
     """Return the median magnitude of the activations of each image's map ``(B, C, n)``: ``(B,)``, the lower of two.
 
     Args:
-        x: the maps.
-        positions: largest number of positions of a map, the same for every image; None for all.
+        x: The maps.
+        positions: Largest number of positions of a map, the same for every image; None for all.
     """
     n = x.shape[2]
     if positions is not None and positions < n:

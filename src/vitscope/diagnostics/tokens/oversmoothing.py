@@ -56,7 +56,7 @@ class OversmoothingResult(
         cosine_half_width: (n_taps,) half its interval.
         rank1_residual: (n_taps,) distance of an image's tokens from their mean token, over their norm: 0 if they are equal.
         rank1_residual_half_width: (n_taps,) half its interval.
-        norm: norm of the residual: frobenius or composite.
+        norm: Norm of the residual: frobenius or composite.
         attention_units: (n_units) names of the units whose attention could be read; none in a ConvNet.
         attention_depths: (n_units,) normalized depth among all units of the model.
         nmi: (n_units,) normalized mutual information of query and key positions in [0, 1], mean over heads.
@@ -67,9 +67,9 @@ class OversmoothingResult(
         layer_similarity: (n_units, n_other_units) cosine of the attention of two units, mean over heads; NaN where their tokens
             or windows have different positions.
         layer_similarity_half_width: (n_units, n_other_units) half their intervals.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -140,12 +140,12 @@ def oversmoothing(
     the mean cosine of the attention of pairs of heads; and the cosine of that of pairs of layers.
 
     Args:
-        probe: model and images.
-        norm: norm of the rank-1 residual.
-        level: coverage of the t-intervals over images.
+        probe: Model and images.
+        norm: Norm of the rank-1 residual.
+        level: Coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap, an unknown norm, or a level outside (0, 1).
+        ValueError: No tap, an unknown norm, or a level outside (0, 1).
     """
     sums = accumulate(probe, norm=norm, level=level)
     run_feature_pass(probe, [sums], "oversmoothing")

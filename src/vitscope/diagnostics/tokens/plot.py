@@ -38,14 +38,14 @@ def token_norms(
     the tokens of a kind. Squares in the maps are artefacts.
 
     Args:
-        results: results by the name in the legend and the titles.
+        results: Results by the name in the legend and the titles.
         view: ``all``, or one of ``norms``, ``artefacts``, ``massive``, ``sinks``, ``maps``.
-        tap: tap whose maps are drawn; by default the one with the largest share of artefacts, or the last with more than one
+        tap: Tap whose maps are drawn; by default the one with the largest share of artefacts, or the last with more than one
             position.
-        images: number of images with a map, the first ones.
+        images: Number of images with a map, the first ones.
 
     Raises:
-        ValueError: an unknown view or tap, or fewer than one image.
+        ValueError: An unknown view or tap, or fewer than one image.
     """
     curves: dict[str, Callable[[Axes, Mapping[str, TokenNormsResult]], None]] = {
         "norms": _norms,

@@ -22,11 +22,11 @@ def oversmoothing(results: Mapping[str, OversmoothingResult], *, view: str = "de
     """Draw tokens and attention over depth, or a matrix of the similarity of layers' attention for each result.
 
     Args:
-        results: results by the name in the legend and the titles.
+        results: Results by the name in the legend and the titles.
         view: ``depth``, or ``layers`` for the matrices.
 
     Raises:
-        ValueError: an unknown view, or no attention for ``view="layers"``.
+        ValueError: An unknown view, or no attention for ``view="layers"``.
     """
     if view not in ("depth", "layers"):
         raise ValueError(f"Expected view to be one of depth, layers, received {view!r}.")

@@ -71,7 +71,7 @@ class TokenNormsResult(
         artefact_share_half_width: (n_taps,) half its t-interval; NaN with fewer than 128 images, or 10 with an artefact.
         artefact_frequency: (n_taps, h, w) one array per tap: share of the kept images with an artefact at each position.
         bimodality: (n_taps,) Sarle's coefficient of the logarithms of the norms: 1/3 normal, 5/9 uniform, 1 for two values.
-        first_artefact_tap: index of the tap at which artefacts appear; -1 where no tap has 0.5 % of them.
+        first_artefact_tap: Index of the tap at which artefacts appear; -1 where no tap has 0.5 % of them.
         massive_ratio: (n_taps,) largest magnitude of an image's tokens over the median magnitude, mean over images.
         massive_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
         largest_magnitude: (n_taps,) mean over images.
@@ -90,10 +90,10 @@ class TokenNormsResult(
         sink_ratio: (n_units,) largest attention that one token of an image receives, likewise; mean over images.
         sink_ratio_half_width: (n_units,) half its t-interval over images; NaN with fewer than 128.
         sink_on_prefix: (n_units,) share of images in which that token is a prefix token.
-        n_norm_images: number of images whose norms are kept.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        n_norm_images: Number of images whose norms are kept.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -192,15 +192,15 @@ def token_norms(
     activations (Sun et al. 2024) are the largest magnitudes of an image's activations, against the median magnitude.
 
     Args:
-        probe: model and images.
-        threshold: norm above which a token is an artefact, the same at every tap; None for the default rule at each tap.
-        norm_images: images whose norms are kept, the first ones of the probe, four bytes a token and tap; thresholds,
+        probe: Model and images.
+        threshold: Norm above which a token is an artefact, the same at every tap; None for the default rule at each tap.
+        norm_images: Images whose norms are kept, the first ones of the probe, four bytes a token and tap; thresholds,
             shares, quantiles and frequencies are theirs. None for all.
-        positions: largest number of positions of a map, drawn once, for the median magnitude; None for all.
-        level: coverage of the t-intervals over images.
+        positions: Largest number of positions of a map, drawn once, for the median magnitude; None for all.
+        level: Coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap, maps of several shapes at a tap, or an option outside of its range.
+        ValueError: No tap, maps of several shapes at a tap, or an option outside of its range.
     """
     sums = accumulate(probe, threshold=threshold, norm_images=norm_images, positions=positions, level=level)
     run_feature_pass(probe, [sums], "token norms")

@@ -29,11 +29,11 @@ def trajectory(results: Mapping[str, TrajectoryResult], *, kind: str = "pca") ->
     form (``kind="polar"``) is Fig 1b of Park & Kim, which its author asked readers to ignore; it is for comparison only.
 
     Args:
-        results: results by the name shown above each column.
+        results: Results by the name shown above each column.
         kind: ``pca`` or ``polar``.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: An unknown kind.
     """
     if kind not in ("pca", "polar"):
         raise ValueError(f"Expected kind to be pca or polar, received {kind!r}.")

@@ -44,14 +44,14 @@ class TrajectoryResult(Result, coordinates={"checkpoint": "labels", "x": "x", "y
         in_plane_nll: (T,) that of its projection on the plane, with the final model's buffers.
         accuracy: (T,) of each checkpoint itself.
         in_plane_accuracy: (T,) of its projection.
-        straightness: the first checkpoint's distance over the length of the way through all; 1 for a straight way.
+        straightness: The first checkpoint's distance over the length of the way through all; 1 for a straight way.
         x: (n_x,) coordinates of the surface along the first direction, in units of weights; empty without one.
         y: (n_y,) along the second.
         plane_nll: (n_x, n_y) nll over the plane, first index x.
         plane_accuracy: (n_x, n_y) accuracy over the plane.
-        n_nonfinite: the number of measured points whose nll is NaN or infinite.
-        batchnorm: whether the model has running statistics, which are the final model's everywhere in the plane.
-        card: the objective card.
+        n_nonfinite: The number of measured points whose nll is NaN or infinite.
+        batchnorm: Whether the model has running statistics, which are the final model's everywhere in the plane.
+        card: The objective card.
     """
 
     labels: tuple[str, ...]
@@ -134,19 +134,19 @@ def trajectory(
     Memory: the model and one set of weights for each checkpoint.
 
     Args:
-        probe: the final model and its frozen batches.
-        checkpoints: pairs of a label and a state dict, in the order of training; the final weights may be among them.
-        labels: labels of the checkpoints to use; all by default.
-        n: points on a side of the surface behind the path; 0 for none.
-        margin: reach of the surface beyond the path, as a share of the path's extent.
-        seed: seed of a random second direction.
+        probe: The final model and its frozen batches.
+        checkpoints: Pairs of a label and a state dict, in the order of training; the final weights may be among them.
+        labels: Labels of the checkpoints to use; all by default.
+        n: Points on a side of the surface behind the path; 0 for none.
+        margin: Reach of the surface beyond the path, as a share of the path's extent.
+        seed: Seed of a random second direction.
         bn: ``eval``: a checkpoint's own running statistics, and the final model's in the plane; ``recalibrate``: recomputed at
             every point.
         dtype: ``bfloat16``, ``float64``, or None for the model's own.
-        partial: finished points; new ones are stored as soon as they are measured.
+        partial: Finished points; new ones are stored as soon as they are measured.
 
     Raises:
-        ValueError: no checkpoint, one of another model, or none that differs from the final weights.
+        ValueError: No checkpoint, one of another model, or none that differs from the final weights.
     """
     if n < 0 or n == 1 or margin < 0:
         raise ValueError(f"Expected n of 0 or at least 2 and a margin of at least 0, received n={n}, margin={margin}.")

@@ -46,9 +46,9 @@ class FeatureMapVarianceResult(Result, coordinates=TAP_COORDINATES):
         log_variance_ratio: (n_taps,) log(variance after / before a unit), mean over images, in nats: what claims use, as
             raw values follow the stream's scale. NaN unless the tap before has maps of the same shape (C, h, w).
         log_variance_ratio_half_width: (n_taps,) half its t-interval over images; NaN with fewer than 128.
-        level: coverage of the intervals.
-        n_images: number of images.
-        card: conditions of the measurement.
+        level: Coverage of the intervals.
+        n_images: Number of images.
+        card: Conditions of the measurement.
     """
 
     taps: tuple[str, ...]
@@ -97,11 +97,11 @@ def feature_map_variance(probe: Probe, *, level: OpenUnitInterval = 0.95) -> Fea
     Only running sums are kept.
 
     Args:
-        probe: model and images.
-        level: coverage of the t-intervals over images.
+        probe: Model and images.
+        level: Coverage of the t-intervals over images.
 
     Raises:
-        ValueError: no tap, or a level outside (0, 1).
+        ValueError: No tap, or a level outside (0, 1).
     """
     sums = accumulate(probe, level=level)
     run_feature_pass(probe, [sums], "variance")

@@ -20,12 +20,12 @@ def feature_map_variance(
     """Draw the variance over depth (Fig 9) and each unit's log variance ratio; the rows of several models share their axes.
 
     Args:
-        results: results by the name in the title or legend.
+        results: Results by the name in the title or legend.
         view: ``both``, a row a model; ``variance``, where several models share one pair of axes; or ``ratio``.
-        log: a logarithmic axis of the variance; by default for one model whose values span more than a factor of 30.
+        log: A logarithmic axis of the variance; by default for one model whose values span more than a factor of 30.
 
     Raises:
-        ValueError: an unknown view.
+        ValueError: An unknown view.
     """
     drawn = {"variance": _over_depth, "ratio": _ratios}
     if view not in ("both", *drawn):

@@ -41,9 +41,9 @@ class AttentionParts:
     """Rows of attention's parameters by part, and attention in which they are not certain.
 
     Attributes:
-        rows: rows by part (``q k v proj``) and name.
-        unclear: names of modules with attention whose rows are not certain, with the reason.
-        layers: the calls of layers in the pass, in order.
+        rows: Rows by part (``q k v proj``) and name.
+        unclear: Names of modules with attention whose rows are not certain, with the reason.
+        layers: The calls of layers in the pass, in order.
     """
 
     rows: dict[str, Rows] = field(default_factory=lambda: {part: {} for part in ("q", "k", "v", "proj")})
@@ -55,7 +55,7 @@ def attention_parts(model: nn.Module, inputs: Any) -> AttentionParts:
     """Return the rows of queries, keys, values and output projections in every attention of a model.
 
     Args:
-        model: the model in eval mode, without a compiled part.
+        model: The model in eval mode, without a compiled part.
         inputs: ``(1, C, H, W)`` of the model's size, of which noise takes the place, or a batch of one example as the guarded
             model takes it, which is used as it is. They are moved to the device and floating-point type of the parameters.
     """
@@ -85,8 +85,8 @@ class _RowLabels:
 
     Attributes:
         bits: ``(rows,)`` by the name of a weight or bias: 0 of a row in no part, else the sum of its parts' bits.
-        owners: the module with attention, by the same names.
-        unclear: names of modules with attention whose rows are not certain, with the reason.
+        owners: The module with attention, by the same names.
+        unclear: Names of modules with attention whose rows are not certain, with the reason.
     """
 
     bits: dict[str, Tensor] = field(default_factory=dict)

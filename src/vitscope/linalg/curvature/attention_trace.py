@@ -22,13 +22,13 @@ class LayerCall:
     """One call of a linear layer or convolution.
 
     Attributes:
-        time: number of the call among all that were recorded.
-        scopes: names of the modules that were running, the innermost first.
-        weight: name of the weight.
-        bias: the bias, a parameter or made from some; None without one.
-        input: input of the layer.
-        output: output of the layer.
-        channels: axis of the output along which the rows of the weight lie.
+        time: Number of the call among all that were recorded.
+        scopes: Names of the modules that were running, the innermost first.
+        weight: Name of the weight.
+        bias: The bias, a parameter or made from some; None without one.
+        input: Input of the layer.
+        output: Output of the layer.
+        channels: Axis of the output along which the rows of the weight lie.
     """
 
     time: int
@@ -45,12 +45,12 @@ class SoftmaxCall:
     """One softmax over keys.
 
     Attributes:
-        time: number of the call among all that were recorded.
-        scopes: names of the modules that were running, the innermost first.
+        time: Number of the call among all that were recorded.
+        scopes: Names of the modules that were running, the innermost first.
         scores: ``(..., queries, keys)``, without a mask where it is one call of attention.
-        masked: the scores of which the softmax is taken.
-        axis: axis of the keys.
-        weights: weights of the same shape.
+        masked: The scores of which the softmax is taken.
+        axis: Axis of the keys.
+        weights: Weights of the same shape.
     """
 
     time: int

@@ -48,11 +48,11 @@ def blockwise_attention(
         query: (B, H, N, D).
         key: (B, H, M, D).
         value: (B, H, M, E).
-        attn_mask: a mask or a bias that broadcasts to (B, H, N, M); None for none.
-        dropout_p: not supported where it is not 0.
-        is_causal: not supported.
+        attn_mask: A mask or a bias that broadcasts to (B, H, N, M); None for none.
+        dropout_p: Not supported where it is not 0.
+        is_causal: Not supported.
         scale: None for one over the root of D.
-        enable_gqa: not supported.
+        enable_gqa: Not supported.
     """
     tensors = (query, key, value)
     is_supported = (

@@ -42,30 +42,30 @@ class Curvature:
     Make and use it inside ``Probe.guard(second_order=True)``.
 
     Args:
-        model: the guarded model.
-        batches: yields this rank's ``(first image, (x, y))`` on every call.
-        objective: the data term and the L2 term.
-        parameters: the parameters analyzed, by name: the operator is the diagonal block that belongs to them.
-        n_images: examples with a label on all ranks together, by which sums are divided.
+        model: The guarded model.
+        batches: Yields this rank's ``(first image, (x, y))`` on every call.
+        objective: The data term and the L2 term.
+        parameters: The parameters analyzed, by name: the operator is the diagonal block that belongs to them.
+        n_images: Examples with a label on all ranks together, by which sums are divided.
         kind: ``hessian``, ``ggn``, ``fisher_mc`` or ``fisher_empirical``; the L2 term's Hessian is added to each.
-        product: kind of products of ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or
+        product: Kind of products of ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or
             ``difference`` (`vitscope.linalg.differences.central_differences`), which moves the weights and gives them back.
-        micro_batch: images held at once; None for a whole batch.
-        reduce: add the ranks' shares up; False where each rank has an operator of its own.
-        n_samples: labels drawn for each image by ``fisher_mc``.
-        seed: seed of the drawn labels.
-        difference_step: length of the step of ``difference``; None to search for it.
-        tol: relative error that products of ``difference`` may have.
-        filler: returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others' passes with an image
+        micro_batch: Images held at once; None for a whole batch.
+        reduce: Add the ranks' shares up; False where each rank has an operator of its own.
+        n_samples: Labels drawn for each image by ``fisher_mc``.
+        seed: Seed of the drawn labels.
+        difference_step: Length of the step of ``difference``; None to search for it.
+        tol: Relative error that products of ``difference`` may have.
+        filler: Returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others' passes with an image
             that does not count.
 
     Attributes:
-        size: the number of parameters analyzed.
-        n_products: products made so far.
-        differences: makes the products of ``difference``; None for others.
+        size: The number of parameters analyzed.
+        n_products: Products made so far.
+        differences: Makes the products of ``difference``; None for others.
 
     Raises:
-        ValueError: an unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1, no image with a label.
+        ValueError: An unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1, no image with a label.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Curvature:
         """Return ``C v (size,)``.
 
         Raises:
-            NumericalError: the loss is not finite.
-            Interrupted: a stop was requested.
+            NumericalError: The loss is not finite.
+            Interrupted: A stop was requested.
         """
         return self._add_l2(v, self.data_product(v))
 
@@ -318,7 +318,7 @@ def check_operator(kind: str, product: str, micro_batch: int | None) -> None:
     """Check the options of a `Curvature`.
 
     Raises:
-        ValueError: an unknown kind of operator or product, or fewer than one image at once.
+        ValueError: An unknown kind of operator or product, or fewer than one image at once.
     """
     if kind not in KINDS:
         raise ValueError(f"Expected operator to be one of {', '.join(KINDS)}, received {kind!r}.")

@@ -32,36 +32,36 @@ class CurvatureOptions:
     A measure takes the fields that apply to it as keyword arguments of the same names and defaults.
 
     Attributes:
-        tol: relative error of an eigenvalue at which the solver stops; a later value of the run is marked as not converged.
+        tol: Relative error of an eigenvalue at which the solver stops; a later value of the run is marked as not converged.
             The default, 1e-3, is far below the spread of eigenvalues between batches.
         solver: ``lanczos``, or ``power`` (eigenvalues by magnitude only): power iteration with PyHessian's stopping rule, to
             compare with published numbers that were computed so.
         operator: ``hessian``, ``ggn`` (generalized Gauss-Newton), ``fisher_mc`` (Fisher information from drawn labels) or
             ``fisher_empirical`` (from the data's labels).
-        parameters: the parameters of the operator: None for all that require gradients; ``kind:msa``, ``stage:2``,
+        parameters: The parameters of the operator: None for all that require gradients; ``kind:msa``, ``stage:2``,
             ``layer:blocks.3``, ``part:q`` (``q k v proj mlp_in mlp_out``, rows of a fused weight included), a pattern such as
             ``*.qkv.weight``, or a list of these, which are united. With a subset, the operator is the diagonal block that
             belongs to it.
         dtype: ``float32`` or ``float64``, the type of weights and products; None for the model's own type.
-        bn: statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
-        product: way of computing a product with the Hessian: ``reverse`` (twice backward, the graph is stored), ``linearize``
+        bn: Statistics of BatchNorm: ``eval`` for the running ones, ``batch`` for those of each batch.
+        product: Way of computing a product with the Hessian: ``reverse`` (twice backward, the graph is stored), ``linearize``
             (forward over backward), or ``difference``: central differences of the gradient, for networks that cannot be
             differentiated twice (`vitscope.linalg.differences.central_differences`). Their error is estimated for every
             product, is on the card, and is refused where it exceeds ``tol``.
-        difference_step: length of the step of ``product='difference'``, for a unit vector; None to search for it.
-        micro_batch: number of images in memory at once; None for a whole batch.
-        max_products: the largest number of products with the operator in one search (of one batch where every batch has an
+        difference_step: Length of the step of ``product='difference'``, for a unit vector; None to search for it.
+        micro_batch: Number of images in memory at once; None for a whole batch.
+        max_products: The largest number of products with the operator in one search (of one batch where every batch has an
             operator of its own); eigenvalues that have not converged by then are marked.
-        max_memory: bytes that the Lanczos basis may take (of all ranks together), after which it is restarted; None for a
+        max_memory: Bytes that the Lanczos basis may take (of all ranks together), after which it is restarted; None for a
             quarter of the free memory.
-        basis: place of the Lanczos basis: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
+        basis: Place of the Lanczos basis: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
             for the first of these that has space. Ranks that search together hold a share of its columns each.
-        checkpoint_blocks: keep only the inputs of each block of the model's structure, and compute the block again in every
+        checkpoint_blocks: Keep only the inputs of each block of the model's structure, and compute the block again in every
             product: less memory, about 1.5 times the time.
-        seed: seed of start vectors, random vectors and drawn labels.
+        seed: Seed of start vectors, random vectors and drawn labels.
 
     Raises:
-        ValueError: a value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, micro-batches
+        ValueError: A value that is not listed above, a ``tol`` outside (0, 1), fewer than one product or image, micro-batches
             together with batch statistics, which they would change, ``product='difference'`` with another operator than the
             Hessian, or a ``difference_step`` without it.
     """

@@ -32,7 +32,7 @@ class BilinearConvDoubleBackward(TorchFunctionMode):
     activation checkpoints call the model again there. Not for `torch.func`, whose transforms the replacements do not know.
 
     Args:
-        convolutions: whether convolutions are replaced; PyTorch's are as cheap where the second pass differentiates by the
+        convolutions: Whether convolutions are replaced; PyTorch's are as cheap where the second pass differentiates by the
             first one's argument alone, as in products with the Gauss-Newton matrix.
     """
 

@@ -59,15 +59,15 @@ def output_curvature(
     Args:
         kind: ``ggn``, ``fisher_empirical`` or ``fisher_mc``.
         outputs: ``(B, ...)``, without a graph.
-        y: targets; M is 0 for an image or pixel without a label.
-        objective: the loss and the label smoothing.
-        first_image: the number of the first image in the whole sequence; draws depend on it and on ``seed`` only, not on
+        y: Targets; M is 0 for an image or pixel without a label.
+        objective: The loss and the label smoothing.
+        first_image: The number of the first image in the whole sequence; draws depend on it and on ``seed`` only, not on
             how the images are split into batches.
-        n_samples: labels drawn for each image (``fisher_mc``).
-        seed: seed of the drawn labels.
+        n_samples: Labels drawn for each image (``fisher_mc``).
+        seed: Seed of the drawn labels.
 
     Raises:
-        ValueError: a loss without this curvature, or ``fisher_empirical`` of a loss that gives a mean alone.
+        ValueError: A loss without this curvature, or ``fisher_empirical`` of a loss that gives a mean alone.
     """
     check_output_curvature(kind, objective)
     images = range(first_image, first_image + len(outputs))

@@ -47,9 +47,9 @@ class Chunk(NamedTuple):
     """Loss, gradient and products of one pass over some images; sums over its images divided by the operator's ``n_images``.
 
     Attributes:
-        loss: the data term, read from the device once.
-        gradient: gradient of the data term, one tensor a parameter.
-        product: function from one tensor a parameter to the data curvature times it; holds the graph.
+        loss: The data term, read from the device once.
+        gradient: Gradient of the data term, one tensor a parameter.
+        product: Function from one tensor a parameter to the data curvature times it; holds the graph.
     """
 
     loss: float
@@ -61,8 +61,8 @@ def build_chunk(operator: CurvatureSettings, first_image: int, x: Inputs, y: Ten
     """Evaluate the operator's model on ``x`` and make what products need.
 
     Raises:
-        NumericalError: the loss is not finite.
-        ValueError: an output of several tensors with another operator than the Hessian.
+        NumericalError: The loss is not finite.
+        ValueError: An output of several tensors with another operator than the Hessian.
     """
     parameters = list(operator.parameters.values())
     reverse = operator.kind == "hessian" and operator.product == "reverse"

@@ -42,14 +42,14 @@ class Curvatures:
     """A factory of operators that share a model, parameters and options, see `curvatures`.
 
     Attributes:
-        probe: the probe inside its guard.
-        model: the probe's model.
-        parameters: the parameters analyzed, by name.
-        options: options of the operators.
-        subset: the parameters as the objective card names them.
-        n_samples: number of labels drawn for each image by ``fisher_mc``.
-        buffers: memory of bases that `basis_memory` gave.
-        records: steps and errors of products by differences, of each operator and each row that was read.
+        probe: The probe inside its guard.
+        model: The probe's model.
+        parameters: The parameters analyzed, by name.
+        options: Options of the operators.
+        subset: The parameters as the objective card names them.
+        n_samples: Number of labels drawn for each image by ``fisher_mc``.
+        buffers: Memory of bases that `basis_memory` gave.
+        records: Steps and errors of products by differences, of each operator and each row that was read.
     """
 
     probe: Probe
@@ -65,7 +65,7 @@ class Curvatures:
         """Return memory for bases, placed as the options say; `card` states where they are.
 
         Args:
-            shared: every rank runs one search on the operator of `mean`.
+            shared: Every rank runs one search on the operator of `mean`.
         """
         buffer = BasisBuffer(self.options.basis, shared=shared)
         self.buffers.append(buffer)
@@ -88,9 +88,9 @@ class Curvatures:
         """Return the operator of the mean over the ``(index, batch)`` pairs that ``batches`` yields.
 
         Args:
-            batches: yields this rank's pairs on every call.
-            n_images: examples with a label in the pairs of all ranks.
-            reduce: whether to add the ranks' shares up.
+            batches: Yields this rank's pairs on every call.
+            n_images: Examples with a label in the pairs of all ranks.
+            reduce: Whether to add the ranks' shares up.
         """
 
         def numbered() -> Iterator[tuple[int, Batch]]:
@@ -102,7 +102,7 @@ class Curvatures:
         """Return the probe's card with the dtype, subset, BatchNorm policy and solver of these operators.
 
         Raises:
-            NumericalError: products by differences that are not exact enough.
+            NumericalError: Products by differences that are not exact enough.
         """
         n_random = sum(any(part in type(m).__name__ for part in _RANDOM) for m in self.model.modules())
         facts = {**self.options.values("operator", "product"), **solver}
@@ -226,15 +226,15 @@ def curvatures(
     """Enter the probe's second-order guard and yield the factory of operators.
 
     Args:
-        probe: the model, batches and objective.
-        options: options of the operators; None for the defaults.
-        n_samples: number of labels drawn for each image by ``fisher_mc``.
-        mean_alone: whether only `Curvatures.mean` will be used: weights that are sharded over ranks then stay so, where the L2
+        probe: The model, batches and objective.
+        options: Options of the operators; None for the defaults.
+        n_samples: Number of labels drawn for each image by ``fisher_mc``.
+        mean_alone: Whether only `Curvatures.mean` will be used: weights that are sharded over ranks then stay so, where the L2
             term, the subset and the product allow it. They are whole on every rank otherwise.
-        changes: fields of ``options`` to replace.
+        changes: Fields of ``options`` to replace.
 
     Raises:
-        ValueError: as `CurvatureOptions` and `select_parameters`; a loss without the operator, no parameters, a compiled or
+        ValueError: As `CurvatureOptions` and `select_parameters`; a loss without the operator, no parameters, a compiled or
             inference-mode model, a batch on another device, or micro-batches of a model that uses statistics of the batch.
     """
     options = replace(options or CurvatureOptions(), **changes)

@@ -31,8 +31,8 @@ class Selection:
     """The part of one parameter that a subset has.
 
     Attributes:
-        rows: ascending numbers of rows along the first axis; None for the whole parameter.
-        parts: the names of parts that they are, for the slice's own name.
+        rows: Ascending numbers of rows along the first axis; None for the whole parameter.
+        parts: The names of parts that they are, for the slice's own name.
     """
 
     rows: Tensor | None
@@ -45,15 +45,15 @@ def select_parameters(
     """Return which of ``parameters``, and which of their rows, ``subset`` names, in the model's order.
 
     Args:
-        model: the model of the parameters, in eval mode.
-        parameters: the parameters by name.
+        model: The model of the parameters, in eval mode.
+        parameters: The parameters by name.
         subset: None for all; else one or several of ``kind:msa`` (``stem conv msa mlp pool head``), ``stage:2``,
             ``layer:blocks.3.attn`` (a module's own and its children's), ``part:q`` (``q k v proj mlp_in mlp_out``), or a pattern
             such as ``*.qkv.weight``. Several are united.
-        images: returns (B, C, H, W) that the model takes; called for ``kind:``, ``stage:`` and ``part:`` alone.
+        images: Returns (B, C, H, W) that the model takes; called for ``kind:``, ``stage:`` and ``part:`` alone.
 
     Raises:
-        ValueError: nothing matches, with what there is; attention whose queries, keys and values are not certain, by name.
+        ValueError: Nothing matches, with what there is; attention whose queries, keys and values are not certain, by name.
     """
     if subset is None or subset == "all":
         return {name: Selection(None) for name in parameters}
@@ -72,13 +72,13 @@ def analyzed_parameters(
     """Yield the parameters of a subset as leaves of the graph: rows of one are a leaf of their own while the context is open.
 
     Args:
-        model: the guarded model.
-        parameters: the parameters by name.
-        subset: the subset, as for `select_parameters`.
-        images: the images, as for `select_parameters`.
+        model: The guarded model.
+        parameters: The parameters by name.
+        subset: The subset, as for `select_parameters`.
+        images: The images, as for `select_parameters`.
 
     Raises:
-        ValueError: as `select_parameters`.
+        ValueError: As `select_parameters`.
     """
     selected = select_parameters(model, parameters, subset, images)
     analyzed: dict[str, Tensor] = {}
@@ -98,7 +98,7 @@ def check_subset(model: nn.Module, subset: Subset) -> None:
     """Check the words and patterns of a subset as far as that takes no forward pass, see `select_parameters`.
 
     Raises:
-        ValueError: an unknown kind, part or stage, or a pattern or layer without a parameter that requires gradients.
+        ValueError: An unknown kind, part or stage, or a pattern or layer without a parameter that requires gradients.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for rule in [subset] if isinstance(subset, str) else subset or ():
@@ -117,7 +117,7 @@ def part_sizes(model: nn.Module, parameters: Mapping[str, Tensor], images: Image
     """Return the number of entries of each part that has any among ``parameters``, in the order of `PARTS`.
 
     Raises:
-        ValueError: attention whose queries, keys and values are not certain, by name.
+        ValueError: Attention whose queries, keys and values are not certain, by name.
     """
     observed = _Parts(model, images)
     sizes = {}
@@ -160,7 +160,7 @@ class _Parts:
         """Return the rows of a part by name.
 
         Raises:
-            ValueError: attention in which it is not certain.
+            ValueError: Attention in which it is not certain.
         """
         if part.startswith("mlp"):
             return self._of_mlps(part)

@@ -32,11 +32,11 @@ def block_modules(model: nn.Module, images: Any = None) -> dict[str, nn.Module]:
     """Return the modules that hold the units of a model's structure, by name: for each unit the smallest that has its parameters.
 
     Args:
-        model: the model.
-        images: shows where a model of unknown blocks adds, see `vitscope.structure`.
+        model: The model.
+        images: Shows where a model of unknown blocks adds, see `vitscope.structure`.
 
     Raises:
-        ValueError: no unit is inside a module of its own.
+        ValueError: No unit is inside a module of its own.
     """
     names: set[str] = set()
     for unit in structure(model, images).units:
@@ -58,10 +58,10 @@ def recomputed_blocks(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Let blocks keep their inputs alone, for derivatives up to the second; their ``forward`` is restored.
 
     Args:
-        modules: the modules by name; each returns one tensor, and does not call another of them.
+        modules: The modules by name; each returns one tensor, and does not call another of them.
 
     Raises:
-        ValueError: rows of a parameter are analyzed as a parameter of their own; inside, a block that changes its inputs, or
+        ValueError: Rows of a parameter are analyzed as a parameter of their own; inside, a block that changes its inputs, or
             whose output depends on other weights than its own and those before its arguments.
     """
     for name, module in modules.items():

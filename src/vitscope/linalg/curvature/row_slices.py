@@ -13,9 +13,9 @@ class RowSlice(nn.Parameter):
     """Rows of a parameter as a leaf of the graph: the weights of the network are made from it at every pass.
 
     Attributes:
-        whole_name: name of the whole parameter.
-        whole: values of the whole parameter.
-        rows: numbers of the rows along the first axis, ascending.
+        whole_name: Name of the whole parameter.
+        whole: Values of the whole parameter.
+        rows: Numbers of the rows along the first axis, ascending.
     """
 
     whole_name: str
@@ -27,9 +27,9 @@ def row_slice(name: str, whole: Tensor, rows: Tensor) -> RowSlice:
     """Return rows of a parameter as a leaf.
 
     Args:
-        name: name of the whole parameter.
-        whole: the parameter ``(n, ...)``.
-        rows: ascending numbers of some of the ``n`` rows.
+        name: Name of the whole parameter.
+        whole: The parameter ``(n, ...)``.
+        rows: Ascending numbers of some of the ``n`` rows.
     """
     rows = rows.to(whole.device)
     part = RowSlice(whole.detach()[rows].clone())
@@ -56,8 +56,8 @@ def whole_point(point: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
     """Return ``point`` with the whole parameter in place of each slice.
 
     Args:
-        point: tensors by name, those of slices among them.
-        parameters: the analyzed parameters, some of them slices, by the same names.
+        point: Tensors by name, those of slices among them.
+        parameters: The analyzed parameters, some of them slices, by the same names.
     """
     merged = dict(point)
     for name, p in parameters.items():
@@ -73,8 +73,8 @@ def sliced_parameters(model: nn.Module, slices: Mapping[str, RowSlice]) -> Itera
     Modules and parameters are given back as they were.
 
     Args:
-        model: the model.
-        slices: the slices by name, which is that of the whole parameter with an ending that is no attribute's.
+        model: The model.
+        slices: The slices by name, which is that of the whole parameter with an ending that is no attribute's.
     """
     by_whole = {part.whole_name: (name.rpartition(".")[2], part) for name, part in slices.items()}
     originals = {id(p): by_whole[name] for name, p in model.named_parameters() if name in by_whole}

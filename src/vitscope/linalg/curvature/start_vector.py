@@ -46,11 +46,11 @@ def warm_start(vectors: np.ndarray | Tensor, operator: VectorSpace, seed: int = 
 
     Args:
         vectors: ``(m, size)`` or ``(size,)``, of any length; a row without a direction is left out.
-        operator: the operator, which gives the size, type and device of vectors.
-        seed: seed of the random part.
+        operator: The operator, which gives the size, type and device of vectors.
+        seed: Seed of the random part.
 
     Raises:
-        ValueError: other shapes, entries that are not finite, or no direction at all.
+        ValueError: Other shapes, entries that are not finite, or no direction at all.
     """
     rows = torch.as_tensor(vectors)
     rows = rows[None] if rows.ndim == 1 else rows

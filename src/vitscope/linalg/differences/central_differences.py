@@ -65,11 +65,11 @@ class DifferenceRecord:
     """Steps and errors of products by differences.
 
     Attributes:
-        error: largest estimate of a product's error, for unit vectors.
-        largest: the length of the largest product with a unit vector.
-        steps: the smallest and the largest step used; empty before the first product.
-        last_step: step of the last product, with which the next one begins; None before the first.
-        n_products: products made.
+        error: Largest estimate of a product's error, for unit vectors.
+        largest: The length of the largest product with a unit vector.
+        steps: The smallest and the largest step used; empty before the first product.
+        last_step: Step of the last product, with which the next one begins; None before the first.
+        n_products: Products made.
     """
 
     error: float = 0.0
@@ -89,9 +89,9 @@ class DifferenceRecord:
         """Count one product.
 
         Args:
-            error: estimate of its error, for a unit vector.
-            length: its length, for a unit vector.
-            step: length of the step.
+            error: Estimate of its error, for a unit vector.
+            length: The step's length, for a unit vector.
+            step: Length of the step.
         """
         self.error, self.largest = max(self.error, error), max(self.largest, length)
         self.steps = [min([*self.steps, step]), max([*self.steps, step])]
@@ -102,7 +102,7 @@ class DifferenceRecord:
         """Refuse products whose error is larger than a tolerance.
 
         Raises:
-            NumericalError: the estimated error relative to the largest product exceeds ``tol``.
+            NumericalError: The estimated error relative to the largest product exceeds ``tol``.
         """
         if not self.relative_error <= tol:
             wide = "" if dtype == torch.float64 else "set dtype=float64, "
@@ -120,13 +120,13 @@ class CentralDifferences:
     """Products ``v -> H v`` with the data term's Hessian from two gradients, each compared with another step's.
 
     Args:
-        gradients: gives differences of gradients.
-        tol: error of products relative to the largest one that is allowed.
-        step: length of the step; None to search for it with the first vector, and again where the estimate gets near ``tol``.
-        shared: whether all ranks make the same products and have to decide alike.
+        gradients: Gives differences of gradients.
+        tol: Error of products relative to the largest one that is allowed.
+        step: Length of the step; None to search for it with the first vector, and again where the estimate gets near ``tol``.
+        shared: Whether all ranks make the same products and have to decide alike.
 
     Attributes:
-        record: steps and errors of the products so far.
+        record: Steps and errors of the products so far.
     """
 
     def __init__(self, gradients: Gradients, *, tol: float, step: float | None = None, shared: bool = False) -> None:
@@ -137,7 +137,7 @@ class CentralDifferences:
         """Return ``H v (size,)``.
 
         Raises:
-            NumericalError: the error relative to the largest product exceeds the tolerance, or no step gives finite gradients.
+            NumericalError: The error relative to the largest product exceeds the tolerance, or no step gives finite gradients.
         """
         length = norm(v)
         if not length > 0:
@@ -170,7 +170,7 @@ class CentralDifferences:
         """Refuse the products made so far where they are not exact enough.
 
         Raises:
-            NumericalError: see `DifferenceRecord.check`.
+            NumericalError: See `DifferenceRecord.check`.
         """
         self.record.check(self.tol, self.gradients.dtype)
 
@@ -178,7 +178,7 @@ class CentralDifferences:
         """Return what a row of a resumable measurement has to state.
 
         Raises:
-            NumericalError: see `DifferenceRecord.check`.
+            NumericalError: See `DifferenceRecord.check`.
         """
         self.check()
         return {ROW_ERROR: self.record.relative_error, ROW_STEPS: np.array(self.record.steps)}
@@ -230,10 +230,10 @@ class _Trial:
     """A product with a unit vector at one step.
 
     Attributes:
-        step: length of the step.
+        step: Length of the step.
         product: (size,) the product.
-        error: estimate of its error; infinite where it is not finite.
-        length: its length.
+        error: Estimate of its error; infinite where it is not finite.
+        length: The vector's length.
     """
 
     step: float
@@ -248,10 +248,10 @@ def gradient_difference(
     """Return ``(g(w + h u) - g(w - h u)) / 2h``, one tensor a parameter; the weights are given back bit for bit.
 
     Args:
-        parameters: the weights w.
-        direction: u, in their shapes.
-        gradient: returns g at the weights as they are when it is called.
-        step: h.
+        parameters: The weights w.
+        direction: The direction u, in their shapes.
+        gradient: Returns g at the weights as they are when it is called.
+        step: The step h.
     """
     originals = [p.detach().clone() for p in parameters]
     sides: list[Sequence[Tensor]] = []

@@ -51,8 +51,8 @@ def kinked_functions(model: nn.Module, inputs: Any) -> tuple[str, ...]:
     """Return the names of the functions with a kink that a forward pass calls, in their order.
 
     Args:
-        model: the model, inside a guard, the analyzed weights with ``requires_grad``.
-        inputs: inputs of the model.
+        model: The model, inside a guard, the analyzed weights with ``requires_grad``.
+        inputs: Inputs of the model.
     """
     with torch.enable_grad(), _Recorder() as recorder:
         model(inputs)

@@ -48,7 +48,7 @@ def refuse_wrong_functions(
     Args:
         model: The network, inside a guard.
         parameters: The parameters by name.
-        x: Its inputs.
+        x: The model's inputs.
         loss: The loss at the parameters, with its graph.
         loss_of: The loss of the network's outputs.
         product: Product with the loss's Hessian.

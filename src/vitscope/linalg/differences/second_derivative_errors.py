@@ -30,7 +30,7 @@ def refuse_once_differentiable(gradient: Iterable[Tensor]) -> None:
     """Check that a gradient can be differentiated.
 
     Raises:
-        NotTwiceDifferentiableError: a part of it comes from a function marked with ``once_differentiable``, which autograd
+        NotTwiceDifferentiableError: A part of it comes from a function marked with ``once_differentiable``, which autograd
             would take for a constant.
     """
     if has_once_differentiable(gradient):
@@ -50,7 +50,7 @@ def named_second_derivative_errors() -> Iterator[None]:
     """Name ``product='difference'`` where autograd has no second derivative of an operation.
 
     Raises:
-        NotTwiceDifferentiableError: in place of autograd's error.
+        NotTwiceDifferentiableError: In place of autograd's error.
     """
     try:
         yield

@@ -27,7 +27,7 @@ class ForeignOperator:
     Attributes:
         size: Number of rows.
         dtype: float32 or float64, the type of vectors.
-        device: Of vectors.
+        device: The device of vectors.
         n_products: Products made so far, two of them by the check.
 
     Raises:

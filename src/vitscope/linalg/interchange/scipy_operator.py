@@ -26,9 +26,9 @@ class HessianOperator(LinearOperator):
     Attributes:
         shape: (size, size), the number of parameters analyzed.
         dtype: float32 or float64, the type of the products.
-        parameter_names: names of the parameters analyzed, in the order of a vector's entries.
-        n_products: number of products so far.
-        difference_error: with ``product='difference'``, the estimated error of products so far relative to the largest one, see
+        parameter_names: Names of the parameters analyzed, in the order of a vector's entries.
+        n_products: Number of products so far.
+        difference_error: With ``product='difference'``, the estimated error of products so far relative to the largest one, see
             `vitscope.linalg.differences.central_differences`; 0 for exact products.
     """
 
@@ -96,13 +96,13 @@ def hessian_operator(probe: Probe, **curvature: Unpack[CurvatureArguments]) -> H
     Under ``torch.distributed`` every rank has to make the same products.
 
     Args:
-        probe: the model, batches and objective.
+        probe: The model, batches and objective.
         curvature: ``operator`` (also ``ggn``, ``fisher_mc``, ``fisher_empirical``), ``parameters``, ``dtype``, ``bn``,
             ``product``, ``difference_step``, ``micro_batch``, ``seed``: see
             `vitscope.linalg.curvature.curvature_options.CurvatureOptions`.
 
     Raises:
-        ValueError: as `hessian_eigenvalues`.
+        ValueError: As `hessian_eigenvalues`.
 
     Example:
         Another solver for the same numbers, the graph kept between products::

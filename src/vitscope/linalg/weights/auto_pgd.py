@@ -17,7 +17,7 @@ class StepSize:
     """Step size of APGD: halved at checkpoints if few steps have improved the loss, or none since it was kept.
 
     Args:
-        value: Its first value.
+        value: The step size's first value.
         n_steps: Steps of the ascent.
 
     Attributes:

@@ -16,8 +16,8 @@ def difference(state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], la
     """Return ``state - parameters``: the direction that leads from the parameters to a checkpoint.
 
     Raises:
-        NumericalError: weights of the checkpoint that are not finite.
-        ValueError: a parameter that the checkpoint lacks, or of another shape.
+        NumericalError: Weights of the checkpoint that are not finite.
+        ValueError: A parameter that the checkpoint lacks, or of another shape.
     """
     for name, p in parameters.items():
         if name not in state:
@@ -51,10 +51,10 @@ def principal_directions(differences: Sequence[Mapping[str, Tensor]], k: int = 2
 
     Args:
         differences: ``checkpoint - final weights`` of each checkpoint.
-        k: number of directions; fewer come back where fewer differences are linearly independent.
+        k: Number of directions; fewer come back where fewer differences are linearly independent.
 
     Raises:
-        ValueError: no difference that is not zero.
+        ValueError: No difference that is not zero.
     """
     squares, vectors = np.linalg.eigh(gram(differences))
     squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1]

@@ -38,10 +38,10 @@ def random_direction(
     `wide_dtype`): models that share a parameter's name and shape share its numbers, on every device and in every precision.
 
     Args:
-        parameters: the parameters that the direction covers, by name.
-        seed: seed of the measurement.
-        index: number of the direction among those of the seed.
-        names: the names that the numbers depend on, by the parameters' own (see
+        parameters: The parameters that the direction covers, by name.
+        seed: Seed of the measurement.
+        index: Number of the direction among those of the seed.
+        names: The names that the numbers depend on, by the parameters' own (see
             `vitscope.linalg.weights.effective_weights.canonical_names`, which leave wrappers out); by default these.
     """
     drawn = {}
@@ -64,12 +64,12 @@ def moving(parameters: Mapping[str, Tensor], ignore: str | Sequence[str] = "bias
     """Return the parameters that a random direction moves.
 
     Args:
-        parameters: the candidates, by name.
-        ignore: parameters that stay: ``bias_bn`` (parameters with fewer than two dimensions, and position tables), its two parts
+        parameters: The candidates, by name.
+        ignore: Parameters that stay: ``bias_bn`` (parameters with fewer than two dimensions, and position tables), its two parts
             ``one_dim`` and ``positions``, or regular expressions searched in the names; an empty sequence moves everything.
 
     Raises:
-        ValueError: an expression that does not compile, or nothing left to move.
+        ValueError: An expression that does not compile, or nothing left to move.
     """
     words = {"bias_bn": ("one_dim", "positions"), "": ()}
     entries = [ignore] if isinstance(ignore, str) else list(ignore)
@@ -133,7 +133,7 @@ def normalize(
     neither in the direction, which does not move them, nor in the weights.
 
     Raises:
-        ValueError: an unknown normalization.
+        ValueError: An unknown normalization.
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(
@@ -167,7 +167,7 @@ def project(
     It is the ball that holds every ``filter`` (or ``layer``) normalized direction times ``radius``.
 
     Raises:
-        ValueError: a normalization that defines no such ball.
+        ValueError: A normalization that defines no such ball.
     """
     if normalization not in ("filter", "layer"):
         raise ValueError(f"Expected normalization to be filter or layer for a ball, received {normalization!r}.")
@@ -235,11 +235,11 @@ def as_direction(vectors: object, parameters: Mapping[str, Tensor]) -> Direction
     """Return a copy of ``vectors`` as a direction: a mapping by parameter name, or one flat vector.
 
     Args:
-        vectors: a mapping from parameter names to arrays or tensors, or a vector ``(P,)`` over all of ``parameters`` in order.
-        parameters: the trainable parameters, by name.
+        vectors: A mapping from parameter names to arrays or tensors, or a vector ``(P,)`` over all of ``parameters`` in order.
+        parameters: The trainable parameters, by name.
 
     Raises:
-        ValueError: a name that the model lacks, or a shape that does not fit.
+        ValueError: A name that the model lacks, or a shape that does not fit.
     """
     if isinstance(vectors, Mapping):
         if unknown := [name for name in vectors if name not in parameters]:

@@ -29,18 +29,18 @@ def plane_rows(
     """Return nll, accuracy and ece at the weights ``w + a * first + b * second`` of each point ``(a, b)``, buffers unmoved.
 
     Args:
-        probe: the model, whose weights are back afterwards, and its batches.
-        first: the first direction, see `vitscope.linalg.weights.weight_space_walk.set_aside`.
-        second: the second direction.
-        points: coordinates in units of the directions; neighbors with one ``a`` cost one pass over the weights.
-        dtype: type of the evaluation; None for the model's own.
+        probe: The model, whose weights are back afterwards, and its batches.
+        first: The first direction, see `vitscope.linalg.weights.weight_space_walk.set_aside`.
+        second: The second direction.
+        points: Coordinates in units of the directions; neighbors with one ``a`` cost one pass over the weights.
+        dtype: Type of the evaluation; None for the model's own.
         bn: ``eval`` or ``recalibrate``, see `vitscope.core.weight_space.guarded_evaluation`.
-        partial: finished rows.
-        row_prefix: first part of a row's name in ``partial``, before the point's coordinates.
-        description: shown with the progress.
+        partial: Finished rows.
+        row_prefix: First part of a row's name in ``partial``, before the point's coordinates.
+        description: The text beside the progress.
 
     Raises:
-        Interrupted: a stop was requested; the finished rows are stored.
+        Interrupted: A stop was requested; the finished rows are stored.
     """
     with guarded_evaluation(probe, dtype=dtype, bn=bn) as (model, evaluate_current_weights):
         parameters = dict(model.named_parameters())

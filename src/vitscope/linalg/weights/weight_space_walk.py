@@ -63,9 +63,9 @@ def points_in_plane(
     ``w`` afresh, so its weights do not depend on the points visited before. Moves that keep ``a`` cost one pass over the weights.
 
     Args:
-        parameters: the parameters by name; those in neither direction are not touched.
-        first: the first direction, None for a line (a is then not used); pass it `set_aside` to save memory.
-        second: the second direction, or the line's.
+        parameters: The parameters by name; those in neither direction are not touched.
+        first: The first direction, None for a line (a is then not used); pass it `set_aside` to save memory.
+        second: The second direction, or the line's.
     """
     names = [name for name in parameters if name in second or (first is not None and name in first)]
     weights = [parameters[name].detach() for name in names]
@@ -105,9 +105,9 @@ def points_on_segment(
     On exit, also after an exception, they are back bit for bit. Tensors of integers (counters) take the nearer end's values.
 
     Args:
-        tensors: parameters and buffers by name.
-        start: values at t = 0, of every name in ``tensors``.
-        end: values at t = 1.
+        tensors: Parameters and buffers by name.
+        start: Values at t = 0, of every name in ``tensors``.
+        end: Values at t = 1.
     """
     original_tensors = {name: t.detach().clone() for name, t in tensors.items()}
     ends = {
@@ -179,9 +179,9 @@ def squared_norms(
     """Return the squared norms over the plane ``w + a * first + b * second`` (a line where first is None).
 
     Args:
-        parameters: all parameters that the L2 term counts, by name, those that stay included.
-        first: the first direction.
-        second: the second direction.
+        parameters: All parameters that the L2 term counts, by name, those that stay included.
+        first: The first direction.
+        second: The second direction.
     """
 
     pairs = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))

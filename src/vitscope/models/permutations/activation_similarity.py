@@ -21,8 +21,8 @@ class _PairSums:
 
     Attributes:
         count: Images times positions.
-        sums: Of the units of both networks, (2, n).
-        squares: Of their squares, (2, n).
+        sums: Sums of the units of both networks, (2, n).
+        squares: Sums of their squares, (2, n).
         products: (n, n) of the first network's units and the second's.
     """
 

@@ -25,8 +25,9 @@ class AxisRecorder(TorchFunctionMode):
 
     Args:
         model: The model that runs.
-        images: Its input.
-        observe: Called with the input and the output of each linear layer and convolution, and with queries and keys.
+        images: The network's input.
+        observe: A function that is called with the input and the output of each linear layer and convolution, and with
+            queries and keys.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, observe: Observer | None = None) -> None:

@@ -20,7 +20,7 @@ class Label:
         fixed: Why the channels stay in place; empty where they may be permuted.
         blocks: Labels of the parts of which the axis is the concatenation, such as queries, keys and values.
         heads: Labels of its heads and of the channels of each head, whose product the axis is.
-        head: Of channels of heads, the label of the heads: each head permutes its channels in its own way.
+        head: For channels of heads, the label of the heads: each head permutes its channels in its own way.
         parent: The label that it was merged with; read it through `root`.
     """
 

@@ -27,9 +27,9 @@ class Occurrence:
     """A place of a group's units among the axes of a tensor.
 
     Attributes:
-        name: Of the parameter or buffer.
+        name: Name of the parameter or buffer.
         axis: The axis.
-        start: Its first channel that belongs to the group.
+        start: The first channel that belongs to the group.
         heads: Label of the heads; None for single units.
         label: Label of the units, or of the channels of the heads.
     """
@@ -96,7 +96,7 @@ class UnitSymmetry:
 
         Args:
             name: Name of the parameter or buffer.
-            tensor: Its values.
+            tensor: The parameter's values.
             permutations: By label.
             but: An axis that is left as it is.
         """

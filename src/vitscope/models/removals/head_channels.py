@@ -35,7 +35,7 @@ class HeadOutputs(TorchFunctionMode):
             head: Number of the head.
             n_heads: Number of heads.
             x: The input of the projection.
-            axis: Its axis of channels.
+            axis: The axis of channels.
             attention: The attention module.
             name: Name of the unit, for errors.
 

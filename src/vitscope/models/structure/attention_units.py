@@ -129,7 +129,7 @@ def attention_units(
         model: The model.
         images: (B, C, H, W) that the model takes, or the inputs of a batch that hold them, of which the first is used; None to
             try the sizes that the model states.
-        units: Its residual units; None for those that are found.
+        units: The network's residual units; None for those that are found.
 
     Raises:
         ValueError: A model in which no units are found, as `vitscope.models.structure.residual_units.units`.
@@ -185,7 +185,7 @@ def reading_attention_units(
     sum to 1. The model's output does not change.
 
     Args:
-        units: From `attention_units`, for images of the same size.
+        units: The result of `attention_units` for images of the same size.
         fn: Takes the weights, which the model may use after it.
         explicit: Whether the output is computed from the weights, so that it can be differentiated by them; then ``fn`` takes
             them as the model has them, before `AttentionUnit.from_source`, and the output changes by rounding.

@@ -288,7 +288,7 @@ def _sums_to_one(weights: Tensor, axes: Sequence[int], softmax_dtype: torch.dtyp
 
     Args:
         weights: An operand of the product.
-        axes: Its axes that the product sums over.
+        axes: The axes that the product sums over.
         softmax_dtype: Type that the softmax was rounded to, which may be coarser or finer than that of the operand.
     """
     if not axes or weights.is_meta or weights.ndim < 3:

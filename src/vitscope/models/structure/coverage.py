@@ -53,7 +53,7 @@ def missing_from(
 
     Args:
         model: The model.
-        components: Its units.
+        components: The network's units.
         observed: The pass; None where the model does not run.
     """
     return _missing(model, components, observed)

@@ -244,7 +244,7 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: s
         kwargs: Keyword arguments of the call.
         place: Position of the argument in the function's signature.
         name: Name of the argument.
-        default: Value where the call does not give it.
+        default: The value where the call does not give it.
 
     Raises:
         TypeError: The call does not give it and there is no default.

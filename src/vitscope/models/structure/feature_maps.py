@@ -137,7 +137,7 @@ def to_map(
 
     Args:
         value: The tensor.
-        name: Of the tap or unit, for errors.
+        name: Name of the tap or unit, for errors.
         layout: Meaning of the tensor's axes.
         n_prefix: Tokens in front that are no part of the map.
         grid: Rows and columns of the tokens as a user declares them; None to find them among the maps of the pass.
@@ -237,7 +237,7 @@ def token_grid(
     """Return rows and columns of the tokens: those declared, else the one map of the pass with as many positions.
 
     Args:
-        name: Of the tap or unit, for errors.
+        name: Name of the tap or unit, for errors.
         n_tokens: Tokens of the sequence.
         n_prefix: Those of them in front of the grid.
         grid: Rows and columns that a user declared.

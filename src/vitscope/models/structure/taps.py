@@ -107,7 +107,7 @@ def reading(
 
     Args:
         model: The model.
-        taps: Its taps.
+        taps: The network's taps.
         fn: Function of the maps.
         prefix_fn: Function of the class, distillation and register tokens ``(B, n_prefix, C)``, called before ``fn`` at the
             taps that have such tokens; None to drop them.

@@ -20,7 +20,7 @@ class Node:
         op: Name of the function.
         inputs: Indices of the nodes of its tensor arguments, parameters left out.
         parameters: Names of the parameters among its arguments.
-        shape: Of the tensor.
+        shape: The tensor's shape.
         varying: Whether it depends on the images.
         stack: Indices in `Trace.calls` of the modules that were running, outermost first; the model itself is call 0.
         axes: Meaning of the tensor's axes.

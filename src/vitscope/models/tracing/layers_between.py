@@ -22,7 +22,7 @@ class LayerBetween:
     """A module between units that adds to no stream.
 
     Attributes:
-        call: Its call in the pass.
+        call: The layer's call in the pass.
         kind: ``pool`` for pooling and for one layer that makes the map smaller, else what it computes.
         parameters: Names of the parameters that it uses.
         n_positions: Positions of its result.

@@ -52,8 +52,8 @@ class Positions(NamedTuple):
     """Positions of the elements of a tensor.
 
     Attributes:
-        rows: Of the tensor's shape: the row as a fraction of the image's height, plus twice the number of the image.
-        columns: Of the tensor's shape: the column as a fraction of the image's width.
+        rows: A tensor of the same shape: the row as a fraction of the image's height, plus twice the number of the image.
+        columns: A tensor of the same shape: the column as a fraction of the image's width.
         is_mean: Whether they are means over positions that a layer has mixed, such as the pixels of a patch.
     """
 
@@ -102,8 +102,8 @@ def result_positions(
     Args:
         op: The function's name.
         func: The function.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+        args: The call's positional arguments.
+        kwargs: The call's keyword arguments.
         positions_of: Gives the positions of its arguments.
         results: Tensors that it returned.
     """

@@ -45,9 +45,9 @@ class FunctionCall:
 
     Attributes:
         op: The function's name.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        operands: Its tensor arguments that are no parameters, with their axes; those that depend on the images first.
+        args: The call's positional arguments.
+        kwargs: The call's keyword arguments.
+        operands: The call's tensor arguments that are no parameters, with their axes; those that depend on the images first.
         results: Tensors that it returned.
     """
 
@@ -214,7 +214,7 @@ def contracted_axes(op: str, args: Sequence[Any], factors: Sequence[Axes]) -> tu
 
     Args:
         op: Name of the function, a product.
-        args: Its positional arguments.
+        args: The call's positional arguments.
         factors: The axes of the factors.
     """
     if op == "einsum":

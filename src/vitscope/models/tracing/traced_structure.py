@@ -152,7 +152,7 @@ class _Placing:
 
     Attributes:
         trace: The pass.
-        body: Its units and the layers between them.
+        body: The network's units and the layers between them.
         head: Place of the head.
         by_name: Place of each unit and layer between units.
         tables: Nodes of units and of tables, made of parameters alone, that serve only units.

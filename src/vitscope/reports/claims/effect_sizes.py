@@ -188,7 +188,7 @@ def longest_trend(
     """Return the `trend` of the chain of experiments with the most measured positions, of equals the one with the most seeds.
 
     Args:
-        chains: Of each, ``(position, experiment)`` in any order; positions that no run was measured at are left out.
+        chains: Chains of ``(position, experiment)`` in any order; positions that no run was measured at are left out.
         read: Returns the number of a run, None if it has none.
         sign: Sign of the claimed slope.
         lacking: Text of the effect if no chain has enough experiments.

@@ -44,7 +44,7 @@ class Quantity:
     Attributes:
         key: Name in files.
         title: Heading with the unit.
-        analysis: Whose result holds it, on augmented images.
+        analysis: The analysis whose result holds it, on augmented images.
         objectives: Objectives for which it is defined.
         units: Returns the number of independent parts of a result.
         sampled: Name of those parts; empty where there is one.

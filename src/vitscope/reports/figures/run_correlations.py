@@ -36,7 +36,7 @@ def table(correlation_of: Mapping[str, RankCorrelation], x: str, name: str) -> T
     """Return the table of correlations with ``x``.
 
     Args:
-        correlation_of: From `correlations`.
+        correlation_of: The result of `correlations`.
         x: The quantity that all are correlated with.
         name: Stem of its files.
     """

@@ -54,7 +54,7 @@ def facts(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return what a training of ours noted in its checkpoint (``epoch, batch, batch_size, ...``); empty for other files.
 
     Raises:
-        CheckpointError: the note is not one that `write` was given.
+        CheckpointError: The note is not one that `write` was given.
     """
     if "vitscope" not in content:  # of another program, whose own counters may be of any type
         return {}
@@ -79,11 +79,11 @@ def check_plain(value: Any, place: str) -> None:
     """Check that a tree holds only what `torch.load` reads back with ``weights_only=True``.
 
     Args:
-        value: container, number, text or tensor.
-        place: path of the value in the checkpoint, for the error.
+        value: Container, number, text or tensor.
+        place: Path of the value in the checkpoint, for the error.
 
     Raises:
-        CheckpointError: a key or an entry of another type, named by its place.
+        CheckpointError: A key or an entry of another type, named by its place.
     """
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():

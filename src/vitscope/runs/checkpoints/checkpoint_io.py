@@ -61,15 +61,15 @@ def write(checkpoint: Mapping[str, Any], path: Path, *, copies: Sequence[str] = 
     """Write a checkpoint of plain containers and tensors to ``path`` and its hash to the manifest.
 
     Args:
-        checkpoint: contents to save.
-        path: the file.
-        copies: names of further files of the same folder with the same content. A kill leaves all of them old or all of them
+        checkpoint: Contents to save.
+        path: The file.
+        copies: Names of further files of the same folder with the same content. A kill leaves all of them old or all of them
             new: all are on the disk under temporary names before the manifest lists them as pending, which is the commit
             point, and a kill between the renames that follow is repaired by `repair`.
 
     Raises:
-        CheckpointError: it holds something that could not be read back safely, named by its place; the manifest is damaged.
-        StorageError: the disk is full or read-only; earlier files of these names are left as they were.
+        CheckpointError: It holds something that could not be read back safely, named by its place; the manifest is damaged.
+        StorageError: The disk is full or read-only; earlier files of these names are left as they were.
     """
     folder, names = path.parent, [path.name, *copies]
     check_plain(checkpoint, "checkpoint")
@@ -119,8 +119,8 @@ def repair(folder: Path) -> None:
     Only the process that writes the folder may call it.
 
     Raises:
-        CheckpointError: the manifest cannot be trusted.
-        StorageError: the folder cannot be written.
+        CheckpointError: The manifest cannot be trusted.
+        StorageError: The folder cannot be written.
     """
     safe_files.refuse_links(folder)
     stored = stored_manifest(folder)
@@ -164,11 +164,11 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """Return the checkpoint at ``path`` on the CPU.
 
     Args:
-        path: the file.
-        verify: compare it with the manifest's hash first, where the manifest lists it.
+        path: The file.
+        verify: Compare it with the manifest's hash first, where the manifest lists it.
 
     Raises:
-        CheckpointError: missing, damaged, altered, or holding more than plain containers and tensors.
+        CheckpointError: Missing, damaged, altered, or holding more than plain containers and tensors.
     """
     safe_files.refuse_links(path)
     if path.is_dir():
@@ -203,7 +203,7 @@ def newest(folder: Path) -> Path:
     A manifest of an earlier version, which holds no digest of itself, has to agree with every file.
 
     Raises:
-        CheckpointError: there is none, the manifest cannot be trusted, or what is left would begin again at step 0.
+        CheckpointError: There is none, the manifest cannot be trusted, or what is left would begin again at step 0.
     """
     stored = stored_manifest(folder)
     entries = checkpoint_manifest.entries(folder)
@@ -242,7 +242,7 @@ def verified(path: Path) -> bool:
     """Tell whether the manifest beside ``path`` vouches for it; a file from elsewhere, with no manifest, passes.
 
     Raises:
-        CheckpointError: the manifest cannot be trusted.
+        CheckpointError: The manifest cannot be trusted.
     """
     for _ in range(3):  # a training may replace the file and the manifest meanwhile
         if not (path.parent / MANIFEST).exists():

@@ -36,7 +36,7 @@ def entries(folder: Path) -> dict[str, Any]:
     """Return the manifest's entries by file name; empty where there is none.
 
     Raises:
-        CheckpointError: it is not what was written.
+        CheckpointError: It is not what was written.
     """
     stored = stored_manifest(folder)
     renamed = {name: e for name, e in stored.pending.items() if not (folder / e["temporary"]).exists()}
@@ -47,7 +47,7 @@ def stored_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json`` of a folder; empty where there is none.
 
     Raises:
-        CheckpointError: it cannot be read, is of another form, or is not what was written.
+        CheckpointError: It cannot be read, is of another form, or is not what was written.
     """
     path = folder / MANIFEST
     try:

@@ -25,14 +25,14 @@ def check(
     """Check everything that Lightning will restore, before any of it is.
 
     Args:
-        content: contents that `checkpoint_io.read` returned.
-        path: file of the checkpoint, for the error.
-        network: the model without Lightning's module around it, its weights already compared.
+        content: Contents that `checkpoint_io.read` returned.
+        path: File of the checkpoint, for the error.
+        network: The model without Lightning's module around it, its weights already compared.
         trainer: Lightning's, not yet fitted: its loops and callbacks say what they would save.
-        optimizer: a new one over the network's parameters, whose groups are compared; None for one group of all of them.
+        optimizer: A new one over the network's parameters, whose groups are compared; None for one group of all of them.
 
     Raises:
-        CheckpointError: an entry is missing or of another kind, named by its place.
+        CheckpointError: An entry is missing or of another kind, named by its place.
     """
     try:
         _check_entries(content)

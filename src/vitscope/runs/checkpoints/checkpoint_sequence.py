@@ -18,12 +18,12 @@ class Snapshots(Sequence[tuple[str, Mapping[str, Any]]]):
     """Pairs of a label and the weights (with the names of the network's own), read one at a time.
 
     Args:
-        files: checkpoint files by label, in order.
-        network: the network of the weights, see `checkpoint_weights.model_state`.
+        files: Checkpoint files by label, in order.
+        network: The network of the weights, see `checkpoint_weights.model_state`.
 
     Attributes:
-        files: checkpoint files by label, in order.
-        labels: the labels, in order.
+        files: Checkpoint files by label, in order.
+        labels: The labels, in order.
     """
 
     def __init__(self, files: Mapping[str, Path], network: nn.Module | None = None) -> None:
@@ -68,11 +68,11 @@ def named(paths: Sequence[str | Path], network: nn.Module | None = None) -> Snap
     A run's label is its folder's name, a file's ``<run>/<name>``, or its name alone outside a run.
 
     Args:
-        paths: run folders and checkpoint files.
-        network: the network whose weights the files hold, under any prefix and in any entry.
+        paths: Run folders and checkpoint files.
+        network: The network whose weights the files hold, under any prefix and in any entry.
 
     Raises:
-        CheckpointError: a path that is neither, or one named twice.
+        CheckpointError: A path that is neither, or one named twice.
     """
     files: dict[str, Path] = {}
     for path in map(Path, paths):

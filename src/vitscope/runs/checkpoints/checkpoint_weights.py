@@ -31,12 +31,12 @@ def model_state(content: Mapping[str, Any], network: nn.Module | None = None) ->
     """Return the network's own weights of a vitscope, Lightning or plain checkpoint, prefixes removed.
 
     Args:
-        content: the contents of the file.
-        network: the network of the weights: the only reading that fits it is taken, see `state_dicts.select_weights`. None, or
+        content: The contents of the file.
+        network: The network of the weights: the only reading that fits it is taken, see `state_dicts.select_weights`. None, or
             where nothing fits: the usual entries, without the usual prefixes.
 
     Raises:
-        ValueError: two readings fit the network equally well.
+        ValueError: Two readings fit the network equally well.
     """
     reading = state_dicts.select_weights(network, content) if network is not None else None
     if reading is not None:
@@ -82,15 +82,15 @@ def load_weights(
     A log message states which entry was used where the file has averages too, or weights of something else.
 
     Args:
-        network: the network; its weights are replaced.
-        content: the contents of the file.
-        path: the file, for errors.
-        average: whether to take averages over training steps (EMA, SWA) in place of the weights.
-        report: whether to log that message; not where the weights are only compared with the network.
-        class_count_source: words for the error: what decides the network's number of classes; empty where it is not known.
+        network: The network; its weights are replaced.
+        content: The contents of the file.
+        path: The file, for errors.
+        average: Whether to take averages over training steps (EMA, SWA) in place of the weights.
+        report: Whether to log that message; not where the weights are only compared with the network.
+        class_count_source: Words for the error: what decides the network's number of classes; empty where it is not known.
 
     Raises:
-        CheckpointError: no averages, two readings that fit equally well, or keys or shapes that do not match, the first of
+        CheckpointError: No averages, two readings that fit equally well, or keys or shapes that do not match, the first of
             them named.
     """
     from vitscope.models import load_official_state_dict

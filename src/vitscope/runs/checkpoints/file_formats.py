@@ -26,7 +26,7 @@ def load_plain(path: Path) -> Any:
     """Return the contents of a file of weights, tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is empty, encrypted, no file of weights, or holds objects that could execute code.
+        CheckpointError: The file is empty, encrypted, no file of weights, or holds objects that could execute code.
     """
     reason = _unreadable(path)
     if reason is not None:

@@ -40,11 +40,11 @@ class NumberType:
     """The type of a NumPy number: its code, such as ``f8``, and its byte order.
 
     Args:
-        code: type code of the values.
-        _: flags that NumPy writes.
+        code: Type code of the values.
+        _: Flags that NumPy writes.
 
     Raises:
-        UnpicklingError: a type that is neither a number nor a text.
+        UnpicklingError: A type that is neither a number nor a text.
     """
 
     def __init__(self, code: Any, *_: Any) -> None:
@@ -64,7 +64,7 @@ def plain_number(kind: Any, data: Any = b"") -> Any:
     """Return the number or text of Python that NumPy's bytes stand for.
 
     Raises:
-        UnpicklingError: no type of a number, or bytes of another length.
+        UnpicklingError: No type of a number, or bytes of another length.
     """
     if not isinstance(kind, NumberType) or not isinstance(data, bytes):
         raise pickle.UnpicklingError("a NumPy value that is no number")

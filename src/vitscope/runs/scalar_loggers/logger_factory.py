@@ -27,7 +27,7 @@ def start_logger(name: str, options: Mapping[str, Any], cfg: DictConfig, run: Ru
 
     Args:
         name: ``csv``, ``tensorboard``, ``mlflow`` or ``trackio``.
-        options: Its keys in the configuration.
+        options: The logger's keys in the configuration.
         cfg: Configuration of the run, which the logger shows without secrets; `csv` has it in ``config.yaml`` beside it.
         run: Run folder.
     """

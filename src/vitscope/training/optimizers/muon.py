@@ -39,7 +39,7 @@ class MuonAdamW(Optimizer):
         adjust_lr_fn: Scale of Muon's update by the shape of the matrix, see `torch.optim.Muon`.
         adamw_lr: Learning rate of AdamW; None for ``lr``.
         betas: Decay rates of AdamW's moments.
-        eps: Added to AdamW's denominator.
+        eps: A constant that is added to AdamW's denominator.
         adamw_names: Patterns (``head*``) of names of parameters that AdamW trains in any case.
 
     Raises:

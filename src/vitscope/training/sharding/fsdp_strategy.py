@@ -28,8 +28,8 @@ class Fsdp(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with all ranks as data-parallel ones, whole checkpoints, and a timeout in seconds.
 
     Args:
-        timeout_s: seconds that a process waits for another one that died or hangs, before the job ends with exit code 7.
-        **options: keyword arguments of `ModelParallelStrategy`.
+        timeout_s: Seconds that a process waits for another one that died or hangs, before the job ends with exit code 7.
+        **options: Keyword arguments of `ModelParallelStrategy`.
     """
 
     def __init__(self, timeout_s: float = 600.0, **options: Any) -> None:
