@@ -125,6 +125,23 @@ def test_a_repeated_training_of_the_same_weights_adds_its_results(study: Callabl
     assert sorted(m.analysis for m in joined.results) == sorted(found)
 
 
+def test_runs_of_two_parts_whose_folders_have_one_name_are_both_drawn(
+    study: Callable[..., Path], tmp_path: Path
+) -> None:
+    parts = []
+    for seed in range(3):
+        run = write_run(
+            tmp_path / f"machine{seed}", "vit", seed, name="vit", measured={"hessian": spectrum(0.1 * seed)}
+        )
+        parts.append(study(f"part{seed}", [SimpleNamespace(run=run.path, results=("hessian/end-0badcafe",))]))
+    study_export.join(tmp_path / "joined", parts, [TARGET])
+    for source in (parts, tmp_path / "joined"):
+        entries = study_export.read(source, TARGET)
+        assert [(entry.id, entry.seed) for entry in entries] == [("vit", 0), ("vit-2", 1), ("vit-3", 2)]
+        neps = [m.scalars["negative_eigenvalue_proportion"] for entry in entries for m in entry.results]
+        assert neps == [0.0, 0.1, 0.2]
+
+
 def test_two_repetitions_of_one_part_add_the_results_of_both(study: Callable[..., Path], tmp_path: Path) -> None:
     first = study("first", one_run(tmp_path / "here", "1f00", 100.0, "hessian"))
     runs = [

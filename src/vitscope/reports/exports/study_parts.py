@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ def read_parts(folders: Sequence[Path]) -> Study:
     """
     joined, *parts = map(study_files.read, dict.fromkeys(folders))
     folder_of = dict.fromkeys(joined.runs, joined.folder)
-    for part in parts:
+    for named_part in parts:
+        part = _with_own_names(named_part, joined)
         joined = study_files.join([joined, _as_further_results(part, joined, folder_of)])
         folder_of = {**dict.fromkeys(part.runs, part.folder), **folder_of}
     return joined
@@ -54,6 +56,23 @@ def not_a_run(study: Study, key: str, error: Exception) -> StorageError:
     """Return the error of a file of a study that does not hold a run."""
     reason = f"is no run of a study ({type(error).__name__}: {error})"
     return StorageError("from", study.folder / "runs" / f"{key}.json", reason, "restore it, or export it again")
+
+
+def _with_own_names(part: Study, joined: Study) -> Study:
+    """Return a part in which no run has the name of a run of another experiment or seed in the parts before it.
+
+    Folders of runs that were named by hand can have one name on two machines.
+    """
+    names = {key: key for key in part.runs}
+    for key in part.runs.keys() & joined.runs.keys():
+        if experiment_of(part, key, part.runs[key]) != experiment_of(joined, key, joined.runs[key]):
+            candidates = (f"{key}-{number}" for number in itertools.count(2))
+            names[key] = next(name for name in candidates if name not in {*joined.runs, *part.runs})
+    targets = {
+        target: {names[key]: results for key, results in results_of_runs.items()}
+        for target, results_of_runs in part.targets.items()
+    }
+    return replace(part, runs={names[key]: run for key, run in part.runs.items()}, targets=targets)
 
 
 def _as_further_results(part: Study, joined: Study, folder_of: Mapping[str, Path]) -> Study:
