@@ -60,7 +60,7 @@ def counted_reads() -> Iterator[Counter[str]]:
 
     def counting(path: str, **options: object) -> Image.Image:
         counts[str(path)] += 1
-        return read_image(path, **options)  # type: ignore[arg-type]  # passed on as they come
+        return read_image(path, **options)
 
     file_images.read_image = counting
     try:

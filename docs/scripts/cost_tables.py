@@ -154,7 +154,7 @@ def model_facts(name: str) -> dict[str, str]:
     """Return the rows of a model's column."""
     with torch.device("meta"):
         model = timm.create_model(name).eval()
-    size = model.pretrained_cfg["input_size"][-1]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]  of timm
+    size = model.pretrained_cfg["input_size"][-1]
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True
@@ -232,7 +232,7 @@ def product_bytes(model: nn.Module, n_images: int, size: int) -> int:
     )  # fmt: skip
 
     def compute() -> object:
-        chunk = microbatch.build_chunk(operator, 0, x, y)  # pyright: ignore[reportArgumentType]  no objective of numbers
+        chunk = microbatch.build_chunk(operator, 0, x, y)
         return chunk.product([torch.empty_like(p) for p in parameters.values()])
 
     with (

@@ -24,7 +24,7 @@ import vitscope as vs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import study_runs  # noqa: E402  needs the path above
+from docs.scripts import study_runs
 
 FAMILIES = ("convnet", "vit")
 #: training images of the measures of the Hessian, not augmented

@@ -35,9 +35,9 @@ from vitscope.reproduce import plan
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import stability_runs, study_runs  # noqa: E402  needs the path above
-from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry  # noqa: E402  needs the path above
-from docs.scripts.study_runs import NAMES  # noqa: E402  needs the path above
+from docs.scripts import stability_runs, study_runs
+from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry
+from docs.scripts.study_runs import NAMES
 
 OUT = ROOT / "docs" / "gallery"
 SHARPNESS_COLOR, LIMIT_COLOR, RATE_COLOR = "#0072B2", "#D55E00", "0.35"

@@ -24,7 +24,7 @@ import vitscope as vs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import diagnostic_pages  # noqa: E402  needs the path above
+from docs.scripts import diagnostic_pages
 
 #: settings of the training of each run, and the name in figures
 RUNS = {

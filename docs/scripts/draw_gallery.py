@@ -33,10 +33,10 @@ from vitscope.reports.run_entry import Entry
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import study_runs, write_findings  # noqa: E402  needs the path above
-from docs.scripts.gallery_figures import RECEPTIVE, RESNET20, SIGHT, STUDY, TIMM, GalleryFigure  # noqa: E402  needs the path above
-from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry  # noqa: E402  needs the path above
-from docs.scripts.structure_figure import draw_structures  # noqa: E402  needs the path above
+from docs.scripts import study_runs, write_findings
+from docs.scripts.gallery_figures import RECEPTIVE, RESNET20, SIGHT, STUDY, TIMM, GalleryFigure
+from docs.scripts.gallery_page import Text, card_of, page_text, read_texts, write_entry
+from docs.scripts.structure_figure import draw_structures
 
 OUT = ROOT / "docs" / "gallery"
 

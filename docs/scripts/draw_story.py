@@ -28,8 +28,8 @@ from vitscope.reports.run_entry import Entry
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import study_runs  # noqa: E402  needs the path above
-from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
+from docs.scripts import study_runs
+from docs.scripts.page_images import save_webp
 
 _BLOCK = re.compile(r"(<!-- story -->\n).*?(<!-- end of story -->)", re.DOTALL)
 FAMILIES = ("convnet", "vit", "alternet")

@@ -30,7 +30,7 @@ import vitscope as vs
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts.draw_gallery import checksums  # noqa: E402  needs the path above
+from docs.scripts.draw_gallery import checksums
 
 SERIES = ROOT / "docs" / "gallery" / "series" / "edge_of_stability.json"
 NETWORKS = {

@@ -29,7 +29,7 @@ from vitscope.runtime.errors import StructureError
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "structure.md"
 sys.path.insert(0, str(ROOT))
-from tests.models.structure.timm_families import FAMILIES  # noqa: E402  needs the path above
+from tests.models.structure.timm_families import FAMILIES
 
 #: seconds for one model
 TIMEOUT = 240

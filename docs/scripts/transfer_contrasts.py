@@ -21,7 +21,7 @@ from vitscope.reports.run_entry import Entry
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts import study_runs  # noqa: E402  needs the path above
+from docs.scripts import study_runs
 
 FAMILIES = ("convnet", "vit", "pit", "swin", "alternet")
 KINDS = ("msa", "conv", "mlp")

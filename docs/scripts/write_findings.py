@@ -40,8 +40,8 @@ from vitscope.stats.location_tests import fewest_values
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from docs.scripts.findings_figures import draw_claim  # noqa: E402  needs the path above
-from docs.scripts.page_images import save_webp  # noqa: E402  needs the path above
+from docs.scripts.findings_figures import draw_claim
+from docs.scripts.page_images import save_webp
 
 PAGE = ROOT / "docs" / "findings.md"
 FIGURES = ROOT / "docs" / "findings"

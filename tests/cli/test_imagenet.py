@@ -48,7 +48,7 @@ def weights(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
     """A network whose logits differ between images, and the file of its weights."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t.c3_in1k").eval()
-    torch.nn.init.normal_(model.fc.weight, std=0.5)  # type: ignore[union-attr, arg-type]  a linear layer
+    torch.nn.init.normal_(model.fc.weight, std=0.5)
     torch.save(model.state_dict(), tmp_path / "resnet10t.pth")
     return tmp_path / "resnet10t.pth", model
 

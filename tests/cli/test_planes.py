@@ -183,4 +183,4 @@ def test_one_key_keeps_the_start_the_end_of_warm_up_and_log_spaced_epochs(run: P
     schedule = Checkpoints(warmup_epochs=5)
     assert not kept(305, 305)
     with pytest.raises(ValueError, match="'log', a list of epochs or None, received 'lgo'"):
-        Checkpoints(snapshots="lgo")  # type: ignore[arg-type]  a wrong value
+        Checkpoints(snapshots="lgo")

@@ -47,7 +47,7 @@ def test_an_official_file_is_analyzed(call, file, tmp_path) -> None:
     assert call("analyze", *RESNET, *EVALUATE, f"ckpt_path={file}", f"paths.runs={tmp_path}/runs") == 0
     (result,) = vs.load_results(only_run(tmp_path))["evaluation"].values()
     cfg = only_run(tmp_path) / "config.yaml"
-    data = factories.data(OmegaConf.load(cfg))  # type: ignore[arg-type]  a mapping, as the file is one
+    data = factories.data(OmegaConf.load(cfg))
     ((x, y),) = data.probe_batches("test", n_images=12, seed=0, batch_size=12)
     with torch.no_grad():
         logits = loaded(file)(x)

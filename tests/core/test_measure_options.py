@@ -113,14 +113,14 @@ def test_the_incidental_names_are_those_that_leave_the_number_alone() -> None:
 
 def test_the_number_of_eigenvalues_has_either_name() -> None:
     whole = vs.hessian_eigenvalues(probe(), k=2)
-    other = vs.hessian_eigenvalues(probe(), n_top=2)  # type: ignore[call-arg]  no argument of the signature
+    other = vs.hessian_eigenvalues(probe(), n_top=2)
     torch.testing.assert_close(other.eigenvalues, whole.eigenvalues)
     assert other.card.options == whole.card.options
     assert whole.card.options["k"] == 2
-    spectrum = vs.hessian_max_eigenvalue_spectrum(probe(), k=1)  # type: ignore[call-arg]  no argument of the signature
+    spectrum = vs.hessian_max_eigenvalue_spectrum(probe(), k=1)
     assert spectrum.card.options["n_top"] == 1
     assert "k" not in spectrum.card.options
     with pytest.raises(TypeError, match="Expected k or n_top, which are the same argument, received both"):
-        vs.hessian_eigenvalues(probe(), k=2, n_top=2)  # type: ignore[call-arg]  no argument of the signature
+        vs.hessian_eigenvalues(probe(), k=2, n_top=2)
     with pytest.raises(TypeError, match="unexpected keyword argument 'n_top'"):
-        vs.feature_map_variance(probe(), n_top=2)  # type: ignore[call-arg]  no argument of the signature
+        vs.feature_map_variance(probe(), n_top=2)

@@ -171,7 +171,7 @@ def test_keys_of_a_coarser_grid_are_at_the_centers_of_their_cells() -> None:
     queries = torch.tensor([[[row, column] for row in range(4) for column in range(4)]])
     keys = torch.tensor([[[-1, -1], *([row, column] for row in range(2) for column in range(2))]])
     unit = SimpleNamespace(queries=queries, keys=keys, query_grid=(4, 4), key_grid=(2, 2), image_size=(16, 16))
-    found = geometry_of_tokens(unit)  # type: ignore[arg-type]  the fields that it reads
+    found = geometry_of_tokens(unit)
     centers = [2.0, 6.0, 10.0, 14.0], [4.0, 12.0]
     expected = [
         [np.hypot(y - v, x - u) for v in centers[1] for u in centers[1]] for y in centers[0] for x in centers[0]

@@ -105,7 +105,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def assert_equal(one: object, other: object, rtol: float, name: str) -> None:
-    for field in fields(one):  # type: ignore[arg-type]  a result's dataclass
+    for field in fields(one):
         a, b = getattr(one, field.name), getattr(other, field.name)
         message = f"{name}.{field.name}"
         if field.name == "card":

@@ -108,7 +108,7 @@ def test_a_density_is_that_of_the_probe(probe: vs.Probe) -> None:
         lambda m: m,
         aslinearoperator,
         scipy.sparse.csr_matrix,
-        lambda m: LinearOperator(m.shape, matvec=lambda v: m @ v),  # type: ignore[call-arg]  SciPy's stub lacks it
+        lambda m: LinearOperator(m.shape, matvec=lambda v: m @ v),
         torch.from_numpy,
         lambda m: torch.from_numpy(m).requires_grad_(),
         lambda m: OperatorOfTensors(torch.from_numpy(m)),

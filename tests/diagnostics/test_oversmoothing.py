@@ -120,7 +120,7 @@ def test_mutual_information_is_that_of_a_sample_of_hard_attention() -> None:
 
 def windows(queries: Tensor, n_heads: int) -> AttentionCollapse:
     unit = SimpleNamespace(n_windows=len(queries), queries=queries, keys=queries, n_heads=n_heads)
-    return AttentionCollapse(unit)  # type: ignore[arg-type]  the fields that it reads
+    return AttentionCollapse(unit)
 
 
 def test_padding_and_prefix_tokens_are_left_out_and_rows_sum_to_one_again() -> None:
@@ -314,7 +314,7 @@ def test_activations_that_are_not_finite_are_null_and_options_are_checked() -> N
     model = vs.models.vit(patch_size=8, depth=1, image_size=16, num_classes=3)
     x = noise(3, 3, 16, 16).float()
     with pytest.raises(ValueError, match="frobenius, composite, received 'spectral'"):
-        vs.oversmoothing(probe_of(model, x), norm="spectral")  # type: ignore[arg-type]  what is tested
+        vs.oversmoothing(probe_of(model, x), norm="spectral")
     x[1] = torch.nan
     with pytest.warns(NullWarning, match=r"zero or not finite\); mutual information of blocks.0.attn \(weights"):
         result = vs.oversmoothing(probe_of(model, x))

@@ -88,8 +88,8 @@ def test_logits_and_a_symmetric_second_derivative(model: nn.Module, x: Tensor) -
             for w in (u, v)
         ]
     vhu, uhv = (sum((p * d).sum() for p, d in zip(h, w)) for h, w in zip(products, (v, u)))
-    assert vhu.abs() > 1e-8  # type: ignore[union-attr]  a tensor: there are parameters
-    assert torch.allclose(vhu, uhv, rtol=1e-8, atol=0)  # type: ignore[arg-type]  # rounding of sums over millions of terms
+    assert vhu.abs() > 1e-8
+    assert torch.allclose(vhu, uhv, rtol=1e-8, atol=0)
 
 
 def test_taps_are_ordered_named_and_give_maps(

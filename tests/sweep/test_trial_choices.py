@@ -117,7 +117,7 @@ def test_invocations_of_bayes_propose_one_list_of_trials(tmp_path: Path) -> None
     first.tell(3, {}, 0.5)
     second.tell(3, {}, 0.25)  # both have seen it end; the first report counts
     again = search_algorithms.start(sweep, None, {}, tmp_path)
-    assert [trial.value for trial in again._study.trials if trial.value is not None] == [0.5]  # type: ignore[attr-defined]  # of bayes
+    assert [trial.value for trial in again._study.trials if trial.value is not None] == [0.5]
 
 
 def test_distributions_name_what_they_need() -> None:

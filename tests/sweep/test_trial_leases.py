@@ -188,7 +188,7 @@ def test_two_invocations_share_a_sweep(tmp_path: Path) -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ends]
     assert codes == [3, 3]  # both tell of the trials that failed, wherever they ran
     again = local(sweep, tmp_path)
-    folders = [again.folder / sweep_file.folder_name(i, params) for i, params in enumerate(again.search.trials)]  # type: ignore[attr-defined]  # of a grid
+    folders = [again.folder / sweep_file.folder_name(i, params) for i, params in enumerate(again.search.trials)]
     n_starts = [len((folder / "starts.txt").read_text().splitlines()) for folder in folders]
     assert n_starts == [1] * 6
     assert again.run() == 0  # what failed is tried again, what finished is not
@@ -223,7 +223,7 @@ def test_two_invocations_share_a_sweep_that_learns(tmp_path: Path) -> None:
     again = local(sweep, tmp_path)
     assert again.run() == 0
     assert [len(starts(trial)) for trial in again.trials] == [1] * 8
-    values = [trial.value for trial in again.search._study.trials]  # type: ignore[attr-defined]  # of bayes
+    values = [trial.value for trial in again.search._study.trials]
     assert values == pytest.approx([trial.params["accuracy"] for trial in again.trials])  # each was told once
 
 
@@ -240,7 +240,7 @@ def test_a_killed_invocation_s_trial_of_a_sweep_that_learns_is_taken_over(tmp_pa
     (trial,) = tmp_path.glob("*/000-*")
     rows = [json.loads(line) for line in (trial / "starts.txt").read_text().splitlines()]
     assert [row["resumed"] for row in rows] == [False, True]
-    assert [t.state.name for t in local(sweep, tmp_path).search._study.trials] == ["COMPLETE"]  # type: ignore[attr-defined]  # of bayes
+    assert [t.state.name for t in local(sweep, tmp_path).search._study.trials] == ["COMPLETE"]
 
 
 def test_a_trial_that_died_is_told_to_other_invocations(tmp_path: Path) -> None:

@@ -35,15 +35,15 @@ def test_best_is_written_with_the_weights_that_were_validated() -> None:
     """A validation after batch 9 of 10 is not one of the weights at the epoch's end."""
     callback, network = Checkpoints(), nn.Linear(2, 2)
     within = pretended_trainer(9, accuracy=0.5)
-    callback.on_validation_end(within, network)  # type: ignore[arg-type]  any module with parameters
+    callback.on_validation_end(within, network)
     assert within.saved == ["best.ckpt"]
     end = pretended_trainer(10, accuracy=0.5)
-    callback.on_train_epoch_end(end, network)  # type: ignore[arg-type]  likewise
+    callback.on_train_epoch_end(end, network)
     assert end.saved == ["last.ckpt"]
     end = pretended_trainer(10, accuracy=0.75)
-    callback.on_validation_end(end, network)  # type: ignore[arg-type]  likewise
+    callback.on_validation_end(end, network)
     assert end.saved == []
-    callback.on_train_epoch_end(end, network)  # type: ignore[arg-type]  likewise
+    callback.on_train_epoch_end(end, network)
     assert end.saved == ["last.ckpt", "best.ckpt"]
 
 
@@ -61,7 +61,7 @@ def test_snapshots_of_log_hold_the_last_epoch_whatever_ends_the_training(end: di
     trainer = pretended_trainer(10, accuracy=0.5)
     trainer.current_epoch, trainer.global_step, trainer.max_epochs = 5, 60, 100
     vars(trainer).update(end)
-    Checkpoints(snapshots="log").on_train_epoch_end(trainer, nn.Linear(2, 2))  # type: ignore[arg-type]  any module with parameters
+    Checkpoints(snapshots="log").on_train_epoch_end(trainer, nn.Linear(2, 2))
     assert ("epoch-0005.ckpt" in trainer.saved) is is_written
 
 
@@ -69,13 +69,13 @@ def test_a_metric_is_missing_only_after_a_validation() -> None:
     """A resumed run has the monitored values of its early stopping before its first validation, and no others."""
     callback, network = Checkpoints(), nn.Linear(2, 2)
     trainer = pretended_trainer(10, loss=1.0)
-    callback.on_train_epoch_end(trainer, network)  # type: ignore[arg-type]  any module with parameters
+    callback.on_train_epoch_end(trainer, network)
     assert trainer.saved == ["last.ckpt"]
-    callback.on_validation_end(trainer, network)  # type: ignore[arg-type]  likewise
+    callback.on_validation_end(trainer, network)
     with pytest.raises(
         ConfigError, match="callbacks.checkpoint.monitor=val/accuracy: no such metric; choose from val/loss"
     ):
-        callback.on_train_epoch_end(trainer, network)  # type: ignore[arg-type]  likewise
+        callback.on_train_epoch_end(trainer, network)
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])

@@ -16,7 +16,7 @@ def line_after_ten_steps(total: float, capsys: pytest.CaptureFixture[str]) -> st
         global_step=900, estimated_stepping_batches=total, current_epoch=3, callback_metrics={"train/loss": 0.5}
     )
     progress = PlainProgress()
-    progress.on_train_start(trainer, None)  # type: ignore[arg-type]  it reads the trainer alone
+    progress.on_train_start(trainer, None)
     trainer.global_step = 910
     progress._print_line(trainer, progress._start_time + 10)
     return capsys.readouterr().err.strip()

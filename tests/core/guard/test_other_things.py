@@ -71,11 +71,11 @@ def test_a_measure_names_what_it_was_given_in_place_of_a_probe() -> None:
         with pytest.raises(
             ValueError, match=rf"probe of vs.hessian_trace to be a vs.Probe, received {type(thing).__name__}"
         ):
-            vs.hessian_trace(thing)  # type: ignore[arg-type]  the mistake that is tested
+            vs.hessian_trace(thing)
     with pytest.raises(
         ValueError, match=r"other of vs.cka to be a vs.Probe, received Sequential: .* of the same images"
     ):
-        vs.cka(vs.Probe(network(), BATCHES), other=network())  # type: ignore[arg-type]  the mistake that is tested
+        vs.cka(vs.Probe(network(), BATCHES), other=network())
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_a_measure_names_what_it_was_given_in_place_of_a_probe() -> None:
 )
 def test_batches_of_another_form_are_refused_with_the_way_out(batches: object, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        list(vs.Probe(network(), batches).iter_batches())  # type: ignore[arg-type]  the mistake that is tested
+        list(vs.Probe(network(), batches).iter_batches())
 
 
 def test_names_and_modules_are_no_taps() -> None:
     model = network()
-    for tap in ("0", model[0], vs.Tap("0", "mlp", 1, 0.0, "0")):  # type: ignore[arg-type]  the mistake that is tested
+    for tap in ("0", model[0], vs.Tap("0", "mlp", 1, 0.0, "0")):
         with pytest.raises(ValueError, match=r"choose some of vs.taps\(model\)"):
             vs.Probe(model, BATCHES, taps=[tap])
 
@@ -138,9 +138,9 @@ def test_an_objective_takes_numbers_and_objects() -> None:
     with pytest.raises(
         ValueError, match=r"received the class CrossEntropyLoss: pass an object of it, CrossEntropyLoss\(\)"
     ):
-        vs.Objective(loss=nn.CrossEntropyLoss)  # type: ignore[arg-type]  the mistake that is tested
+        vs.Objective(loss=nn.CrossEntropyLoss)
     with pytest.raises(ValueError, match=r"weight_decay to be a number, received the text '0\.1'"):
-        vs.Objective(weight_decay="0.1")  # type: ignore[arg-type]  the mistake that is tested
+        vs.Objective(weight_decay="0.1")
 
 
 def test_an_exported_network_is_refused_by_name() -> None:

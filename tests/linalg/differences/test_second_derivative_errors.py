@@ -59,7 +59,7 @@ def test_attention_that_is_fused_alone() -> None:
     with pytest.raises(NotTwiceDifferentiableError, match=r"flash.*set product='difference'"):
         vs.hessian_eigenvalues(vs.Probe(model, [(x, y)]), k=1)
     differences = vs.hessian_eigenvalues(vs.Probe(model, [(x, y)]), k=1, product="difference", tol=1e-6)
-    model.forward = lambda x: unfused(model, x)  # type: ignore[method-assign]  the same attention by matrix products
+    model.forward = lambda x: unfused(model, x)
     exact = vs.hessian_eigenvalues(vs.Probe(model, [(x, y)]), k=1, tol=1e-6)
     np.testing.assert_allclose(differences.eigenvalues, exact.eigenvalues, rtol=1e-6)
 

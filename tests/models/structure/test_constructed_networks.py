@@ -66,7 +66,7 @@ class Adapted(nn.Module):
 class MlpFirst(Block):
     """timm's block with its halves in another order."""
 
-    def forward(self, x: Tensor, **_: object) -> Tensor:  # type: ignore[override]  timm passes masks too
+    def forward(self, x: Tensor, **_: object) -> Tensor:
         x = x + self.mlp(self.norm2(x))
         return x + self.attn(self.norm1(x))
 
@@ -136,13 +136,13 @@ def test_a_shift_that_no_module_returns_is_removed_where_it_is_added() -> None:
 
 def test_a_subclass_with_another_order_of_its_halves() -> None:
     model = vs.models.vit(patch_size=8, depth=2)
-    model.blocks[1] = MlpFirst(192, 3).eval()  # type: ignore[index, operator]  a module by its attribute
+    model.blocks[1] = MlpFirst(192, 3).eval()
     assert [unit.name for unit in units(model)] == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp", "blocks.1.attn"]
 
 
 def test_an_adapter_beside_a_layer_belongs_to_its_unit() -> None:
     conv, mlp = Conv(), Mlp()
-    conv.kernel, mlp.wide = Adapted(conv.kernel), Adapted(mlp.wide)  # type: ignore[assignment]  a wrapper, as adapters are
+    conv.kernel, mlp.wide = Adapted(conv.kernel), Adapted(mlp.wide)
     model = network(conv, mlp)
     assert kinds_of(model) == ["conv", "mlp"]
     kinds = parameter_kinds(model)

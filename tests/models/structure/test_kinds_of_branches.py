@@ -97,7 +97,7 @@ def by_products_of_matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_tensordot(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = [softmax(torch.tensordot(a, b, dims=([1], [1]))) for a, b in zip(q, k)]  # type: ignore[no-untyped-call]  torch's
+    weights = [softmax(torch.tensordot(a, b, dims=([1], [1]))) for a, b in zip(q, k)]
     return torch.stack([torch.tensordot(a, b, dims=1) for a, b in zip(weights, v)])
 
 

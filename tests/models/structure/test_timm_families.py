@@ -134,7 +134,7 @@ def check_branches(name: str) -> None:
     model = built(name, "cpu").double()
     for p in model.parameters():  # layer scales and norms that start at 0 would hide a branch
         p.add_(0.02 * torch.randn_like(p))
-    size = int(timm.get_pretrained_cfg(name).input_size[-1])  # type: ignore[union-attr]  every name has a configuration
+    size = int(timm.get_pretrained_cfg(name).input_size[-1])
     x = torch.rand(1, 3, size, size, dtype=torch.float64)
     replica = copy.deepcopy(model)  # a pass may fill caches, which would give its replay other functions
     recorded = trace(model, x)

@@ -330,7 +330,7 @@ def test_a_verdict_follows_the_numbers(make_run: Callable, tmp_path: Path, sign:
 def test_equal_numbers_have_a_slope_of_zero_and_no_rounding(positions: list[float]) -> None:
     """Sums of equal numbers times centered positions left 1e-17 of one sign, which the t-test took for an effect."""
     runs = [(x, {seed: seed for seed in range(10)}) for x in positions]
-    found = effect_sizes.slopes(runs, lambda seed: 0.1 + 0.037 * seed)  # type: ignore[arg-type]  a reader of seeds
+    found = effect_sizes.slopes(runs, lambda seed: 0.1 + 0.037 * seed)
     assert list(found.values()) == [0.0] * 10
-    rising = effect_sizes.slopes(runs, lambda seed: None if seed > 1 else 0.1)  # type: ignore[arg-type]  likewise
+    rising = effect_sizes.slopes(runs, lambda seed: None if seed > 1 else 0.1)
     assert rising == {0: 0.0, 1: 0.0}

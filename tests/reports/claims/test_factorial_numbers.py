@@ -50,7 +50,7 @@ def test_of_several_results_the_newest_good_one_is_taken() -> None:
             ("a", "end", "", 1.0), ("b", "end", "", 2.0), ("c", "end", "boom", 3.0), ("d", "init", "", 4.0)
         )
     ]  # fmt: skip
-    found: Any = factorial_runs._newest(SimpleNamespace(results=results), "hessian", "end")  # type: ignore[arg-type]  a stand-in of an entry
+    found: Any = factorial_runs._newest(SimpleNamespace(results=results), "hessian", "end")
     assert found.path == Path("b")
 
 

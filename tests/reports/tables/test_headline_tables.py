@@ -60,7 +60,7 @@ def build(root: Path, name: str = "models", **options: object) -> cells.Table:
 )
 def test_the_test_images_of_a_run_are_said(trainer: dict[str, object], text: str) -> None:
     entry = SimpleNamespace(config={"trainer": trainer, "data": {"eval_batch_size": 64}})
-    assert headline_notes._tested_text(entry) == text  # type: ignore[arg-type]  a stand-in of an entry
+    assert headline_notes._tested_text(entry) == text
 
 
 def test_cells_with_fewer_seeds_than_their_rows_are_said() -> None:

@@ -94,7 +94,7 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
 
 def test_each_logger_gets_finite_numbers_and_the_end() -> None:
     first, second = Recorder(), Recorder()
-    mirror = RunMirror(None, {"first": first, "second": second})  # type: ignore[dict-item]  a stand-in of loggers
+    mirror = RunMirror(None, {"first": first, "second": second})
     mirror.log({"a": 1, "b": math.nan, "c": "text", "d": True, "e": 0.5}, 7)
     mirror.log({"b": math.inf}, 8)
     mirror.finish(2)
@@ -104,7 +104,7 @@ def test_each_logger_gets_finite_numbers_and_the_end() -> None:
 
 def test_a_logger_that_fails_costs_one_warning() -> None:
     broken, works = Recorder(fails=True), Recorder()
-    mirror = RunMirror(None, {"broken": broken, "works": works})  # type: ignore[dict-item]  a stand-in of loggers
+    mirror = RunMirror(None, {"broken": broken, "works": works})
     with pytest.warns(UserWarning, match="logger broken: ConnectionError: no server; it gets no further rows"):
         mirror.log({"a": 1.0}, 0)
     mirror.log({"a": 2.0}, 1)  # a second warning would be an error
@@ -173,7 +173,7 @@ def test_trackio_is_called_as_w_and_b(tmp_path: Path, monkeypatch: pytest.Monkey
         return own_run
 
     module = ModuleType("trackio")
-    module.init = init  # type: ignore[attr-defined]  a module made here
+    module.init = init
     monkeypatch.setitem(sys.modules, "trackio", module)
     cfg = config(tmp_path, trackio={"project": "mine"})
     run = run_dir.create(cfg, "train")
