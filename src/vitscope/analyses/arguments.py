@@ -41,7 +41,7 @@ def options(
         analysis: The measure, its options and its images.
         place: Run, network and data that are measured.
         rows: Finished rows of an interrupted measurement.
-        settings: Returns the digits that name the analysis's settings.
+        settings: Function that returns the digits that name the analysis's settings.
     """
     supply: dict[FromRun, Callable[[], Any]] = {
         FromRun.ROWS: lambda: rows,

@@ -36,7 +36,7 @@ def work(
         jobs: Number of jobs side by side; None for one, one per GPU, or all trials on SLURM.
         launcher: ``local`` or ``slurm``.
         slurm: Options of ``sbatch``.
-        rates: Returns the rates that time is estimated with.
+        rates: Function that returns the rates that time is estimated with.
         checks: Whether to validate the configurations before the first trial.
 
     Raises:

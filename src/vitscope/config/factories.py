@@ -154,7 +154,7 @@ def probe(
     Args:
         cfg: The run's configuration: objective and seed.
         network: The model to look at.
-        datamodule: Gives the batches.
+        datamodule: Data module that gives the batches.
         settings: ``split, augment, n_images, batch_size`` and optionally ``seed``; ``augment`` is whether to apply the run's
             training augmentation, or the name of the objective whose augmentation to apply whatever the run was trained with.
         facts: Further facts for the card: ``checkpoint``, ``epoch``.

@@ -66,8 +66,8 @@ def evaluate(
             the cross entropy); its mode is the caller's.
         batches: ``(x, y)`` pairs, ``y`` class indices (-100: no label, the image counts nowhere), soft targets, or what the
             loss takes.
-        objective: Gives the data term; plain cross entropy by default.
-        per_image: Also return the loss and correctness of each image that has a label.
+        objective: Objective that gives the data term; plain cross entropy by default.
+        per_image: Whether to also return the loss and correctness of each image that has a label.
         reduce: Under ``torch.distributed`` add the ranks' sums up (each rank then passes its own share of batches).
         device: The model's, for a rank without a batch of its own, whose zeros must lie where the others' sums do.
 
@@ -85,8 +85,8 @@ class RunningEvaluation:
     """Sums of an evaluation over batches, which are added in order.
 
     Args:
-        objective: Gives the data term; plain cross entropy by default.
-        per_image: Also keep the loss and correctness of each image that has a label.
+        objective: Objective that gives the data term; plain cross entropy by default.
+        per_image: Whether to also keep the loss and correctness of each image that has a label.
     """
 
     def __init__(self, objective: Objective | None = None, *, per_image: bool = False) -> None:

@@ -76,8 +76,9 @@ def shares_pass(make: Callable[..., Accumulator]) -> Callable[[Measure], Measure
     """Decorate a measure that needs running sums over feature maps alone: its forward pass can serve other measures too.
 
     Args:
-        make: Takes the probe and the measure's options and returns the accumulator. An option of the measure that ``make``
-            does not take, such as a second model, needs passes of its own: where it is not None, no pass is shared.
+        make: Function that takes the probe and the measure's options and returns the accumulator. An option of the measure
+            that ``make`` does not take, such as a second model, needs passes of its own: where it is not None, no pass is
+            shared.
     """
 
     def declare(measure: Measure) -> Measure:

@@ -36,7 +36,7 @@ def factor(
         warmup_epochs: Length of the warm-up.
         warmup_steps: Length of the warm-up in optimizer steps, in place of ``warmup_epochs``: of equal length also where
             trainings of as many steps see different amounts of data.
-        per_epoch: Hold the rate within an epoch, as the official code does.
+        per_epoch: Whether to hold the rate within an epoch, as the official code does.
         min_factor: Factor at which the cosine ends.
         milestones: Epochs after warm-up at which the rate is multiplied by ``gamma``.
         gamma: Factor of the rate at each of ``milestones``.

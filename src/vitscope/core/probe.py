@@ -53,7 +53,7 @@ class Probe:
         objective: What is differentiated or evaluated; plain cross entropy by default.
         taps: Where feature maps are read, for a model that `vitscope.taps` does not know.
         about: Facts for the card, such as ``data``, ``split``, ``augmentation``, ``seed``, ``checkpoint``, ``epoch``.
-        optimizer: Gives the optimizer at this point of training, where it is known.
+        optimizer: Function that gives the optimizer at this point of training, where it is known.
         output: What of the model's output is measured: a key, an index or attribute, or a function of the output; by default
             the tensor that it is, or its ``logits``.
         forward: ``forward(model, batch)`` returns the output, for batches that ``model(x)`` or ``model(**others)`` does not fit.
@@ -319,9 +319,10 @@ class Probe:
 
         Args:
             second_order: Whether the model will be differentiated, once or twice.
-            dtype: Cast model and batches for the time inside; half precision is lifted to float32 for derivatives.
+            dtype: Type to which model and batches are cast for the time inside; half precision is lifted to float32 for
+                derivatives.
             bn: ``eval`` uses BatchNorm's running statistics; ``batch`` those of each batch, buffers untouched.
-            restore_weights: Keep a copy of the weights and put it back (for measures that write to them).
+            restore_weights: Whether to keep a copy of the weights and put it back (for measures that write to them).
             logits: Whether the model must return logits; False for measures of feature maps alone.
             moves_weights: Whether the model will be evaluated at other weights than its own.
             micro_batch: Images that the measure evaluates at once; the check uses no more. None for a whole batch.

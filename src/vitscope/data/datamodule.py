@@ -255,7 +255,7 @@ class DataModule(pl.LightningDataModule):
 
         Args:
             split: Any split.
-            augment: Apply the training augmentation, mixup and CutMix.
+            augment: Whether to apply the training augmentation, mixup and CutMix.
             n_images: How many images; all of them for None.
             batch_size: Images a batch; the last one may be smaller.
             seed: Seed of images, augmentation and mixing; the module's for None.

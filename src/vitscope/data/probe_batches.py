@@ -26,13 +26,13 @@ class ProbeBatches(Sequence[Batch]):
     out copies, so nobody can change a batch for the next pass.
 
     Args:
-        build: Makes batch b.
+        build: Function that makes batch b.
         n_batches: How many there are.
         n_images: Images in all of them.
         n_bytes: Size of all of them in memory.
         attributes: Further labels by name, each `(n_images,)` in the order of the images: `texture` of `shapes`; or
             `(n_images, H, W)` of their pixels: `object_mask`.
-        targets: Makes the targets of batch b alone, without reading an image; None reads the batch.
+        targets: Function that makes the targets of batch b alone, without reading an image; None reads the batch.
 
     Attributes:
         place: Where batches are kept once read: `host`, `device`, `disk` or `none`.

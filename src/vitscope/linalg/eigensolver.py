@@ -102,8 +102,8 @@ def extreme_eigenvalues(
         random_share: Length of the random part of ``start`` relative to the rest, which may lie in a wrong invariant subspace;
             the search then goes on until it is unlikely that a value beyond the wanted ones was passed over. None for a start
             of which that is not asked.
-        product_error: Returns by how much products with unit vectors may be off beyond rounding, after the last product: it is
-            added to residuals and errors. 0 for exact products.
+        product_error: Function that returns by how much products with unit vectors may be off beyond rounding, after the last
+            product: it is added to residuals and errors. 0 for exact products.
 
     Raises:
         ValueError: Fewer dimensions than eigenvalues, an unknown ``which``, ``tol`` or ``max_products`` not positive, or a

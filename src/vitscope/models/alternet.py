@@ -183,7 +183,7 @@ def _stages(
         widths: Channels of the 3x3 convolutions of each stage.
         expansion: Channels of a block's output as a multiple of these.
         heads: Heads of each stage.
-        mixing: Makes the operation of an attention block.
+        mixing: Function that makes the operation of an attention block.
         drop_path: Stochastic depth of the last block, to which that of the others rises in equal steps.
     """
     n_blocks = sum(map(len, sequences))

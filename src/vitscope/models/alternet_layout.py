@@ -83,7 +83,7 @@ def build_up(depth: int = 50, *, overshoot: bool = False) -> list[tuple[int, int
 
     Args:
         depth: One of the depths of AlterNet.
-        overshoot: Also append the step that no longer helps, a second attention block in stage 3 (0122).
+        overshoot: Whether to also append the step that no longer helps, a second attention block in stage 3 (0122).
 
     Raises:
         ValueError: If the depth is unknown.

@@ -83,7 +83,7 @@ def plot(
         order: Names of the results that are drawn first, in this order.
         title: False for no title (of panels that show one result each, the result's name stays); a text for a title of the
             figure.
-        allow_different: Overlay results whose objective cards differ.
+        allow_different: Whether to overlay results whose objective cards differ.
         options: Options of the figure, see above.
 
     Returns:

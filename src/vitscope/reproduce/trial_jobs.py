@@ -74,7 +74,7 @@ class TrialJobs:
         planned: Trials in the order in which to start them.
         root: The folder of runs.
         launch: Starts a job.
-        show: Shows progress.
+        show: Function that shows progress.
     """
 
     def __init__(

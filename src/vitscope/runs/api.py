@@ -53,7 +53,7 @@ def load_probe(
     Args:
         run: A run folder, or a checkpoint file in one (which then wins over ``ckpt``).
         split: ``train``, ``val`` or ``test``.
-        augment: Apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
+        augment: Whether to apply the run's training augmentation and mixup, frozen; or those of the objective of that name.
         n_images: Number of images; all of the split by default.
         batch_size: Images a batch; the run's evaluation batch by default.
         ckpt: The checkpoint's name without its ending; ``ema`` for the averages over training steps that the last one (or

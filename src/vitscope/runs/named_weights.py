@@ -56,7 +56,7 @@ def refuse_other_weights(network: nn.Module, path: Path, run: Run, tag: str | No
     """Refuse weights of a file whose results in a run folder are of other weights: the file was replaced since.
 
     Args:
-        network: Holds the weights.
+        network: Network that holds the weights.
         path: The file that they are from.
         run: The folder.
         tag: The name of the results, all of which are of one file's weights; None: some result has to be of these weights.

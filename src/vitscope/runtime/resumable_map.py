@@ -33,11 +33,12 @@ def map_resumably(
 
     Args:
         keys: Keys in the order of the work; neighbors go to one rank.
-        compute: Computes one row.
+        compute: Function that computes one row.
         name: A key's name in ``partial``.
         partial: Finished rows; None stores no row.
         description: The text beside the progress.
-        compute_group: Computes the rows of several keys, equal to those of ``compute``; used where ``group_size`` exceeds 1.
+        compute_group: Function that computes the rows of several keys, equal to those of ``compute``; used where
+            ``group_size`` exceeds 1.
         group: Neighbors with one value may be computed together; all of them by default.
         group_size: Most keys that are computed together.
 
@@ -81,7 +82,7 @@ def stored_row(partial: Partial | None, name: str, compute: Callable[[], Row], r
     Args:
         partial: Finished rows; None stores no row.
         name: The row's name in ``partial``.
-        compute: Computes the row.
+        compute: Function that computes the row.
         required: Values without which a stored row, of an earlier version, is computed again.
     """
     row = None if partial is None else partial.get(name)

@@ -17,7 +17,7 @@ class ValueRange:
 
     Attributes:
         expected: The range in words, which follow "not" in an error.
-        contains: Tells whether a finite number lies in the range.
+        contains: Function that tells whether a finite number lies in the range.
         example: A number in the range, for an argument that takes a number from every target; '' elsewhere. A text is then
             refused without importing the target.
     """

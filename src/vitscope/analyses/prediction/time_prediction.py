@@ -89,7 +89,7 @@ def predict(
         network: The network on its device; modes and random states are left as they are.
         data: Data module.
         measured: Names of analyses that have a result already.
-        time_products: Returns the seconds of those of the other analyses whose products can be timed
+        time_products: Function that returns the seconds of those of the other analyses whose products can be timed
             (`vitscope.analyses.prediction.cost_prediction.predict_times`); None to time forward passes alone.
     """
     seconds: dict[str, float] = {}

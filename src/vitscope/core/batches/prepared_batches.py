@@ -45,7 +45,7 @@ def count_examples(
 
     Args:
         sizes_and_targets: Number of images and targets of each batch.
-        objective: Says which examples count.
+        objective: Objective that states which examples count.
 
     Raises:
         ValueError: No batch.

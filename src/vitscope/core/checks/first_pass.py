@@ -36,7 +36,7 @@ class FirstPass(TorchFunctionMode):
     Args:
         model: The network that runs inside.
         x: The batch's images, or its inputs.
-        batch_format: Says when ``forward`` calls the network, whose outputs are then not those that are measured.
+        batch_format: Format that states when ``forward`` calls the network, whose outputs are then not those that are measured.
         loss: The objective's; None where the outputs go to no loss.
     """
 

@@ -130,8 +130,8 @@ class Count:
 
     Attributes:
         expected: What is taken for the prediction.
-        low: It is at least this.
-        high: It is at most this.
+        low: Lower bound.
+        high: Upper bound.
     """
 
     expected: float
@@ -162,8 +162,8 @@ class WorkUnit:
 
     Attributes:
         name: Words for it.
-        prepare: Takes a probe of one batch and the measure's options; returns a context that gives the function that does the
-            work once.
+        prepare: Function that takes a probe of one batch and the measure's options; returns a context that gives the function
+            that does the work once.
         options: Options of the measure that change it: pieces that agree in them are timed once.
         forwards: Number of forward passes in it.
         n_timed: Number of images to time it with; None for a batch.
@@ -253,7 +253,8 @@ def declares_cost(formula: Formula) -> Callable[[Measure], Measure]:
     """Decorate a measure whose cost follows from its options.
 
     Args:
-        formula: Takes the workload and all options, and returns the cost, or None where the options leave it unknown.
+        formula: Function that takes the workload and all options, and returns the cost, or None where the options leave it
+            unknown.
     """
 
     def declare(measure: Measure) -> Measure:

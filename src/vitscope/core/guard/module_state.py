@@ -43,8 +43,8 @@ class AttributeSnapshot:
 
     Args:
         model: The model with the modules to look at, and those that they hold in plain lists and dictionaries.
-        hooks: Also put back hooks that were removed, and the attributes that every module has, such as ``training``.
-        values: Also keep copies of tensors on plain attributes, to undo changes in place.
+        hooks: Whether to also put back hooks that were removed, and the attributes that every module has, such as ``training``.
+        values: Whether to also keep copies of tensors on plain attributes, to undo changes in place.
     """
 
     def __init__(self, model: nn.Module, *, hooks: bool = False, values: bool = False) -> None:

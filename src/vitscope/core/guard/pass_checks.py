@@ -34,7 +34,7 @@ class PassChecks:
     Args:
         model: The model, which is inside a guard and in eval mode whenever a method is called.
         objective: The objective whose data term is differentiated.
-        first_batch: Reads the probe's first batch; None without one.
+        first_batch: Function that reads the probe's first batch; None without one.
         batch_format: Form of the batches.
     """
 

@@ -26,7 +26,7 @@ def compare_passes(
     the passes drew random numbers, nothing is put down to rounding.
 
     Args:
-        model: Gives L and the layers' numbers of inputs.
+        model: Model that gives L and the layers' numbers of inputs.
         first: Tensors of one pass.
         second: Tensors of the other pass.
         drew: Whether random numbers were drawn.

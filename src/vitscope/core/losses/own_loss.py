@@ -66,7 +66,7 @@ def reduced(loss: OwnLoss, outputs: Any, y: Tensor, reduction: str) -> Tensor:
     """Return ``(B,)`` values, 0 without a label, their sum or their mean over the images that have a label.
 
     Args:
-        loss: Returns values ``(B,)`` or their mean.
+        loss: Function that returns values ``(B,)`` or their mean.
         outputs: Outputs of the network.
         y: Targets.
         reduction: ``none``, ``sum`` or ``mean``.
@@ -114,7 +114,7 @@ def check_mean_over_images(loss: OwnLoss, outputs: Tensor, y: Tensor) -> None:
     by anything but their number, would give other numbers for other splits.
 
     Args:
-        loss: Returns values ``(B,)`` or their mean.
+        loss: Function that returns values ``(B,)`` or their mean.
         outputs: Outputs of the network ``(B, ...)``, B at least 2; without a graph.
         y: Targets of the same images.
 

@@ -68,7 +68,8 @@ def plain_weights(model: nn.Module, *, keeps_shards: bool = False) -> Iterator[N
 
     Args:
         model: The model; all ranks enter together.
-        keeps_shards: Gather weights where modules read them, in place of once: ``named_parameters`` then gives `LocalShard`s.
+        keeps_shards: Whether to gather weights where modules read them, in place of once: ``named_parameters`` then gives
+            `LocalShard`s.
 
     Raises:
         ValueError: A layout other than shards along one axis over all ranks.

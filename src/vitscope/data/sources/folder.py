@@ -169,7 +169,7 @@ def _images(
     """Return the images of a folder, labeled by their class's place in `names`.
 
     Args:
-        folder: Holds class folders.
+        folder: Folder of class folders.
         root: The folder that errors name.
         names: The classes of all splits.
         classes: The configured classes, which errors name.

@@ -147,7 +147,7 @@ def calibration(
         n_bins: Number of confidence intervals (10 in Park and Kim).
         binning: ``equal_width``, or ``official``: the released code's bins, which lose a confidence of exactly 1.
         cutoff: Confidence above which a prediction counts as confident.
-        seed: Has no effect: the intervals take no draws.
+        seed: Number without an effect: the intervals take no draws.
 
     Raises:
         ValueError: An unknown binning, fewer than one bin, a cutoff outside [0, 1), logits that are not finite, no image

@@ -89,7 +89,7 @@ def class_gradients(
 
     Args:
         model: The guarded model.
-        batches: Yields this rank's ``(x, y)`` on every call.
+        batches: Function that yields this rank's ``(x, y)`` on every call.
         parameters: The parameters analyzed, by name.
         n_classes: Number of logits C.
         n_images: Images with a label on all ranks.

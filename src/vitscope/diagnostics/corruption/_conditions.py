@@ -47,7 +47,7 @@ def measured(
     Args:
         probe: The model and the clean images.
         conditions: Pairs of type and severity.
-        label: Tells the rows of several models apart in ``partial``.
+        label: Name that tells the rows of several models apart in ``partial``.
         source: A published data set; None makes the corruptions from the probe's images.
         pixels: The model's normalization.
         seed: Seed of the corruptions that are generated.

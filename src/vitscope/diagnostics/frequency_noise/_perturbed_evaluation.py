@@ -30,7 +30,7 @@ def perturbed(
     Args:
         probe: Model and images.
         names: Names of the changes, as keys of finished rows.
-        change: Makes the changed images.
+        change: Function that makes the changed images.
         description: The text beside the progress.
         partial: Finished rows, one for each batch and change.
 

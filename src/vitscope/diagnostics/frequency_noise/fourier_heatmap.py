@@ -95,7 +95,7 @@ def fourier_heatmap(
     Args:
         probe: Model and images; about h w / 2 forward passes each.
         rms: Root mean square a channel, pixels in [0, 1].
-        n: Only the n by n lowest frequencies (Yin et al. show 63 on ImageNet); all of them by default.
+        n: Number of frequencies of each axis: the n by n lowest ones (Yin et al. show 63 on ImageNet); all of them by default.
         mean: Not needed; accepted so that both values of a normalization can be passed.
         std: Standard deviation of each channel, as for `frequency_noise_robustness`.
         level: Coverage of the intervals.

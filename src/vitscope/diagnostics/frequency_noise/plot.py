@@ -25,8 +25,8 @@ def frequency_noise_robustness(
     Args:
         results: Results by the name in the legend; several models share one pair of axes.
         view: ``bands``; or ``rms``, a panel a model with a line a scale (needs ``curve_rms``).
-        relative: Divide by clean minus chance accuracy, so that models of different accuracy can be compared; a model that is
-            not above chance has no values then.
+        relative: Whether to divide by clean minus chance accuracy, so that models of different accuracy can be compared; a
+            model that is not above chance has no values then.
 
     Raises:
         ValueError: An unknown view.

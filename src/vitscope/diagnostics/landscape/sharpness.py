@@ -203,7 +203,7 @@ def sharpness(
         average_radii: Standard deviations, in units of the scales.
         m_images: Images of each group, in the order of the batches; those beyond the last whole group are left out.
         ascent_steps: Steps of APGD (the paper's code takes 20).
-        logit_normalization: Normalize the logits in the adaptive measures.
+        logit_normalization: Whether to normalize the logits in the adaptive measures.
         dtype: ``bfloat16``, ``float64``, or None for the model's own; the ascent and the adaptive measures never run in half
             precision.
         partial: Finished points; new ones are stored as soon as they are measured.

@@ -21,7 +21,7 @@ class Lesion:
         removal: One of `REMOVALS`.
         name: Name of the unit (``blocks.1.attn``), the group (``stage 1 msa``) or the head (``blocks.1.attn head 0``).
         first: The first unit it touches: what comes before this unit's block is as in the whole model.
-        removed: Makes the context in which it is removed.
+        removed: Function that makes the context in which it is removed.
     """
 
     removal: str

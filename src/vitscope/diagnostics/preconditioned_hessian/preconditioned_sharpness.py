@@ -113,8 +113,8 @@ def preconditioned_sharpness(
         probe: The model, batches and objective; batches are split over ranks.
         optimizer: Optimizer of the model, at the point measured; None for that of the checkpoint the probe was made from.
         lr: The learning rate in place of the optimizer's; without an optimizer, None leaves the threshold out.
-        beta1: Only without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum, None
-            leaves the threshold out.
+        beta1: For use without an optimizer: Adam's first momentum coefficient, None for 0.9; with the identity SGD's momentum,
+            None leaves the threshold out.
         preconditioner: ``auto``; or, of a stated optimizer instead of the run's: ``adamw`` (its state is needed), ``identity``.
         k: Number of eigenvalues (``n_top`` is accepted too).
         curvature: ``tol``, ``parameters``, ``dtype``, ``bn``, ``micro_batch``, ``max_products``, ``max_memory``, ``basis``,

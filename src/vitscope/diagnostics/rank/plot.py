@@ -22,7 +22,7 @@ def effective_rank(results: Mapping[str, EffectiveRankResult], *, share: bool = 
 
     Args:
         results: One or more results by name.
-        share: Divide by the number of channels, so that stages of different widths compare.
+        share: Whether to divide by the number of channels, so that stages of different widths compare.
     """
     canvas = new_canvas(COLUMN_WIDTH, 3.8)
     axes = canvas.grid(2, 1, sharex=True)[:, 0]

@@ -43,7 +43,7 @@ class Curvature:
 
     Args:
         model: The guarded model.
-        batches: Yields this rank's ``(first image, (x, y))`` on every call.
+        batches: Function that yields this rank's ``(first image, (x, y))`` on every call.
         objective: The data term and the L2 term.
         parameters: The parameters analyzed, by name: the operator is the diagonal block that belongs to them.
         n_images: Examples with a label on all ranks together, by which sums are divided.
@@ -51,18 +51,18 @@ class Curvature:
         product: Kind of products of ``hessian``: ``reverse``, ``linearize`` (forward over reverse, `torch.func.linearize`), or
             ``difference`` (`vitscope.linalg.differences.central_differences`), which moves the weights and gives them back.
         micro_batch: Images held at once; None for a whole batch.
-        reduce: Add the ranks' shares up; False where each rank has an operator of its own.
+        reduce: Whether to add the ranks' shares up; False where each rank has an operator of its own.
         n_samples: Labels drawn for each image by ``fisher_mc``.
         seed: Seed of the drawn labels.
         difference_step: Length of the step of ``difference``; None to search for it.
         tol: Relative error that products of ``difference`` may have.
-        filler: Returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others' passes with an image
-            that does not count.
+        filler: Function that returns any ``(x, y)``: with sharded weights ranks with fewer chunks take part in the others'
+            passes with an image that does not count.
 
     Attributes:
         size: The number of parameters analyzed.
         n_products: Products made so far.
-        differences: Makes the products of ``difference``; None for others.
+        differences: Function that makes the products of ``difference``; None for others.
 
     Raises:
         ValueError: An unknown ``kind`` or ``product``, no parameters, a ``micro_batch`` below 1, no image with a label.

@@ -56,8 +56,8 @@ class CurvatureOptions:
             quarter of the free memory.
         basis: Place of the Lanczos basis: ``device``, ``cpu`` (the host's memory), ``disk`` (a file in ``TMPDIR``), or ``auto``
             for the first of these that has space. Ranks that search together hold a share of its columns each.
-        checkpoint_blocks: Keep only the inputs of each block of the model's structure, and compute the block again in every
-            product: less memory, about 1.5 times the time.
+        checkpoint_blocks: Whether to keep only the inputs of each block of the model's structure, and compute the block again
+            in every product: less memory, about 1.5 times the time.
         seed: Seed of start vectors, random vectors and drawn labels.
 
     Raises:

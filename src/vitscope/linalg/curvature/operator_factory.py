@@ -88,7 +88,7 @@ class Curvatures:
         """Return the operator of the mean over the ``(index, batch)`` pairs that ``batches`` yields.
 
         Args:
-            batches: Yields this rank's pairs on every call.
+            batches: Function that yields this rank's pairs on every call.
             n_images: Examples with a label in the pairs of all ranks.
             reduce: Whether to add the ranks' shares up.
         """

@@ -50,7 +50,7 @@ def select_parameters(
         subset: None for all; else one or several of ``kind:msa`` (``stem conv msa mlp pool head``), ``stage:2``,
             ``layer:blocks.3.attn`` (a module's own and its children's), ``part:q`` (``q k v proj mlp_in mlp_out``), or a pattern
             such as ``*.qkv.weight``. Several are united.
-        images: Returns (B, C, H, W) that the model takes; called for ``kind:``, ``stage:`` and ``part:`` alone.
+        images: Function that returns the (B, C, H, W) that the model takes; called for ``kind:``, ``stage:`` and ``part:`` alone.
 
     Raises:
         ValueError: Nothing matches, with what there is; attention whose queries, keys and values are not certain, by name.

@@ -33,7 +33,7 @@ def block_modules(model: nn.Module, images: Any = None) -> dict[str, nn.Module]:
 
     Args:
         model: The model.
-        images: Shows where a model of unknown blocks adds, see `vitscope.structure`.
+        images: Images with which to see where a model of unknown blocks adds, see `vitscope.structure`.
 
     Raises:
         ValueError: No unit is inside a module of its own.

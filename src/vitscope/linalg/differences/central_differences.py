@@ -120,7 +120,7 @@ class CentralDifferences:
     """Products ``v -> H v`` with the data term's Hessian from two gradients, each compared with another step's.
 
     Args:
-        gradients: Gives differences of gradients.
+        gradients: Object that gives differences of gradients.
         tol: Error of products relative to the largest one that is allowed.
         step: Length of the step; None to search for it with the first vector, and again where the estimate gets near ``tol``.
         shared: Whether all ranks make the same products and have to decide alike.
@@ -250,7 +250,7 @@ def gradient_difference(
     Args:
         parameters: The weights w.
         direction: The direction u, in their shapes.
-        gradient: Returns g at the weights as they are when it is called.
+        gradient: Function that returns g at the weights as they are when it is called.
         step: The step h.
     """
     originals = [p.detach().clone() for p in parameters]

@@ -70,8 +70,8 @@ def match_similarities(
 
     Args:
         symmetry: Groups of units.
-        occurrences: Returns the places at which a group's units are compared; a group without any is not permuted.
-        similarity: Returns the similarity of units at one of these places.
+        occurrences: Function that returns the places at which a group's units are compared; a group without any is not permuted.
+        similarity: Function that returns the similarity of units at one of these places.
     """
     permutations = symmetry.identity()
     for group in symmetry.groups:

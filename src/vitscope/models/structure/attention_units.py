@@ -186,7 +186,7 @@ def reading_attention_units(
 
     Args:
         units: The result of `attention_units` for images of the same size.
-        fn: Takes the weights, which the model may use after it.
+        fn: Function that takes the weights, which the model may use after it.
         explicit: Whether the output is computed from the weights, so that it can be differentiated by them; then ``fn`` takes
             them as the model has them, before `AttentionUnit.from_source`, and the output changes by rounding.
     """

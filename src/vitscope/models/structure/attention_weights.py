@@ -38,7 +38,7 @@ class AttentionCall:
     """Attention in a forward pass, found as one call or as a softmax that is multiplied with values.
 
     Attributes:
-        weights: Computes the weights (..., queries, keys), in float32 at least; rows sum to 1.
+        weights: Function that computes the weights (..., queries, keys), in float32 at least; rows sum to 1.
         query: (..., queries, channels) of one call; None for a softmax.
         key: (..., keys, channels) likewise.
         softmax: (..., queries, keys) the softmax; None for one call.
@@ -85,7 +85,7 @@ def reading_calls(
 
     Args:
         owners: What each module's attention belongs to.
-        fn: Takes the owner and the attention.
+        fn: Function that takes the owner and the attention.
         explicit: Whether the output is computed from the weights, so that it can be differentiated by them.
     """
     running: list[Owner] = []
@@ -111,7 +111,7 @@ class AttentionMode(TorchFunctionMode):
     weights are others. The output of the model does not change, unless it is to be computed from the weights.
 
     Args:
-        fn: Takes each attention.
+        fn: Function that takes each attention.
         explicit: Whether the output of attention as one call is computed from its weights.
     """
 

@@ -104,7 +104,7 @@ def result_positions(
         func: The function.
         args: The call's positional arguments.
         kwargs: The call's keyword arguments.
-        positions_of: Gives the positions of its arguments.
+        positions_of: Function that gives the positions of its arguments.
         results: Tensors that it returned.
     """
     if op == "pad" and kwargs.get("mode", "constant") == "constant":

@@ -34,7 +34,7 @@ def best_model_difference(report_runs: ReportRuns, families: Sequence[str], read
     Args:
         report_runs: The runs.
         families: `CNNS` or `VITS`.
-        read: Returns what is compared, None of a run that lacks it.
+        read: Function that returns what is compared, None of a run that lacks it.
         requirement: Name of the analysis or metric that it needs.
     """
 

@@ -20,7 +20,7 @@ class ClaimStatistic:
     Attributes:
         name: Compared quantities, in words.
         sign: Sign of the effect that the claim predicts, 1 or -1.
-        measure: Computes the effect of each seed.
+        measure: Function that computes the effect of each seed.
         unit: Unit of the effect.
     """
 

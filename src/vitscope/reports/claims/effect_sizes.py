@@ -189,7 +189,7 @@ def longest_trend(
 
     Args:
         chains: Chains of ``(position, experiment)`` in any order; positions that no run was measured at are left out.
-        read: Returns the number of a run, None if it has none.
+        read: Function that returns the number of a run, None if it has none.
         sign: Sign of the claimed slope.
         lacking: Text of the effect if no chain has enough experiments.
         min_positions: Positions below which there is no trend to speak of.
@@ -214,7 +214,7 @@ def trend(runs: Sequence[tuple[float, Runs]], read: Reader, sign: int, lacking: 
 
     Args:
         runs: ``(position, experiment)`` in their order.
-        read: Returns the number of a run, None if it has none.
+        read: Function that returns the number of a run, None if it has none.
         sign: Sign of the claimed slope.
         lacking: Text of the effect if there are too few experiments.
         min_positions: Positions below which there is no trend to speak of.

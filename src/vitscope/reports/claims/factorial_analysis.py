@@ -46,12 +46,12 @@ class Quantity:
         title: Heading with the unit.
         analysis: The analysis whose result holds it, on augmented images.
         objectives: Objectives for which it is defined.
-        units: Returns the number of independent parts of a result.
+        units: Function that returns the number of independent parts of a result.
         sampled: Name of those parts; empty where there is one.
-        value: Returns the number of a result under an objective, over the given parts.
+        value: Function that returns the number of a result under an objective, over the given parts.
         skewed: Whether the parts differ by factors, as mini-batches do: a sum over conditions then needs
             `vitscope.stats.intervals.LEAST_IMAGES` parts for an interval, and a single positive number has that of its logarithm.
-        undefined: Returns a word that says why a result has no such number by definition; empty where it has one.
+        undefined: Function that returns a word that says why a result has no such number by definition; empty where it has one.
     """
 
     key: str

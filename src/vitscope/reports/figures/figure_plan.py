@@ -85,7 +85,7 @@ def panels(
         group_by: ``model`` (an experiment) or ``run``.
         labels: Names in the legend, by run or by the name that this report gives an experiment.
         order: Names in the legend of the curves that come first.
-        allow_different: Overlay results whose cards differ, the differing keys in their names.
+        allow_different: Whether to overlay results whose cards differ, the differing keys in their names.
     """
     results_by_figure = _results_by_figure(entries, tag, analyses, group_by, labels or {})
     if tag == "all":

@@ -165,7 +165,7 @@ def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
     Args:
         path: The file.
-        verify: Compare it with the manifest's hash first, where the manifest lists it.
+        verify: Whether to compare it with the manifest's hash first, where the manifest lists it.
 
     Raises:
         CheckpointError: Missing, damaged, altered, or holding more than plain containers and tensors.
