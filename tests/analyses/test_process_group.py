@@ -58,6 +58,7 @@ def test_ranks_meet(tmp_path: Path, variables: Callable[[int, int], dict[str, st
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["[0, 1]", "[0, 1]"]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_waited_for_and_a_hung_one_is_not(tmp_path: Path):
     """Rank 1 first takes longer than the timeout while it advances, and then stands still."""
 

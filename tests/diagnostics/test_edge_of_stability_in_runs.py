@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import vitscope as vs
 from tests.fixtures.programs.stopped_measurements import stopping_at_measurement
@@ -16,6 +17,7 @@ WATCHED = ["analysis=[edge_of_stability]", "analysis.edge_of_stability.probe.n_i
            "trainer.max_epochs=3", "trainer.limit_train_batches=2", "test=false"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_has_the_same_series(call, tiny, tmp_path, monkeypatch) -> None:
     assert call("train", *tiny, *WATCHED, f"run_dir={tmp_path}/whole") == 0
     # step 4: the eigenvectors of step 2 are read from the disk on the resume

@@ -42,6 +42,7 @@ def spans(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "spans.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_trials_run_side_by_side_one_a_gpu_and_those_of_one_training_in_turn(tmp_path: Path) -> None:
     trials = [planned(f"run={name}", "seconds=0.4", identity=name[0]) for name in ("a1", "a2", "b1", "b2")]
     jobs = TrialJobs(trials, tmp_path, fork)

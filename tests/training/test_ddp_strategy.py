@@ -92,6 +92,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_average_weights_with_mixed_batches(tmp_path: Path) -> None:
     """The average of a module whose batches the data module mixes; it is what is tested and saved."""
     shared = [*SMALL, *PAIR, "objective=strong", "callbacks=[checkpoint,ema]", "callbacks.ema.decay=0.5", "data.batch_size=4",
